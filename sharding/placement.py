@@ -1,0 +1,94 @@
+"""Arrays onto devices: state that is born sharded, and constraints that cannot be dropped.
+
+`init_sharded` runs an init function as one jitted program whose outputs have their final
+shardings, so no array is ever whole on one device unless its spec says so. With jax's
+partitionable threefry (the default) the random bits do not depend on how the output is split:
+initial values are bitwise the same on every mesh, which tests hold.
+
+`Constrain` is `jax.lax.with_sharding_constraint` by dim names. jax drops a constraint whose dim
+the axis does not divide, without a word; this one raises, naming the dims and the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from meshwright.sharding.errors import RulesError, did_you_mean
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.resolve import Decisions, resolve_dims
+from meshwright.sharding.rules import Rules
+
+__all__ = ["Constrain", "init_sharded", "shardings_of"]
+
+
+def shardings_of(decisions: Decisions, tree: Any, mesh: Mesh) -> Any:
+    """Return the NamedShardings of a tree: what `jax.jit` takes as in_ and out_shardings."""
+    return decisions.shardings(tree, mesh)
+
+
+def init_sharded(init: Callable[..., Any], *args: Any, shardings: Any) -> Any:
+    """Run ``init(*args)`` as one program whose outputs are born with ``shardings``.
+
+    Args:
+        init: builds the state; only jax operations.
+        args: its arguments, typically an RNG key.
+        shardings: a tree of the structure of the result.
+
+    Returns:
+        What ``init`` returns, every array laid out as its sharding says.
+    """
+    return jax.jit(init, out_shardings=shardings)(*args)
+
+
+@dataclass(frozen=True)
+class Constrain:
+    """Constrain an activation by its dim names.
+
+    Attributes:
+        rules: the ``activations`` table decides.
+        mesh: a built mesh.
+        used: every dim name seen so far, so that unused rules can be refused.
+
+    Calling it under a trace raises `PlacementError` for a dim no rule knows, an axis used
+    twice, or a dim the axis does not divide, and ValueError-family errors for a wrong rank.
+    """
+
+    rules: Rules
+    mesh: Mesh
+    used: set[str] = field(default_factory=set, compare=False)
+
+    def __call__(self, x: jax.Array, dims: Sequence[str | None]) -> jax.Array:
+        self.used.update(name for name in dims if name)
+        spec = resolve_dims(dims, x.shape, self.rules, MeshSpec.of(self.mesh), "activations")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def without(self, axes: Sequence[str]) -> Constrain:
+        """The same constraints with some axes left out of every rule.
+
+        For code under a ``vmap`` whose mapped dim is split over those axes already.
+        """
+        kept = tuple(
+            replace(rule, axes=tuple(axis for axis in rule.axes if axis not in axes))
+            for rule in self.rules.activations
+        )
+        return Constrain(replace(self.rules, activations=kept), self.mesh, self.used)
+
+    def check_used(self) -> None:
+        """Refuse a user's activation rule that no constraint has used; call it after tracing.
+
+        Raises:
+            RulesError: names the rule and the dims the model constrains.
+        """
+        for rule in self.rules.user_rules("activations"):
+            if not any(rule.matches(name) for name in self.used):
+                raise RulesError(
+                    f"the rule `activations.{rule}` matches nothing",
+                    where=f"the model constrains the dims {', '.join(sorted(self.used))}",
+                    why=f"no activation has a dim `{rule.dim}`",
+                    fix=did_you_mean(rule.dim, self.used),
+                )
