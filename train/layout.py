@@ -1,0 +1,122 @@
+"""Where everything of a training run lives: four layouts of the parameters, one of the state.
+
+Each parameter has a layout in four roles, all read from the Rules' tables:
+
+=========  ==========================  ====================================================
+role       table                       what it is
+=========  ==========================  ====================================================
+master     ``optimizer``               float32 parameters between steps, with the moments
+working    ``params``                  the copy a step keeps while it runs, compute dtype
+compute    working, less token axes    the copy a matmul reads, gathered for one layer
+reduced    ``gradients``               the accumulator over microbatches
+=========  ==========================  ====================================================
+
+Masters live with the optimizer because that is where they are updated: under ZeRO-1 the update
+touches only the shard a device owns, and what crosses the wire once a step is the new *working*
+copy in the compute dtype, half the bytes of gathering float32 masters. Under FSDP master and
+working layout agree and no working copy exists; each layer is cast and gathered as it runs.
+
+A weight cannot stay split over an axis that splits the tokens, so the compute layout is the
+working one without those axes. Everything here is shapes: no devices, no arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from meshwright.sharding.dims import describe, describe_optimizer
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.resolve import Decisions, check_mesh, resolve
+from meshwright.sharding.rules import Rules
+
+__all__ = ["Layout", "resolve_layout", "without_axes"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Resolved layouts of parameters and optimizer state on one mesh.
+
+    Attributes:
+        mesh: filled mesh.
+        rules: the rules that decided.
+        working: decisions of the ``params`` table.
+        reduced: decisions of the ``gradients`` table.
+        masters: decisions of the ``optimizer`` table for the parameters themselves.
+        moments: decisions of the ``optimizer`` table for the optimizer's state.
+        deferred_axes: token axes over which gradients stay unreduced until the end of a
+            step with several microbatches: those that no gradient accumulator is split over.
+    """
+
+    mesh: MeshSpec
+    rules: Rules
+    working: Decisions
+    reduced: Decisions
+    masters: Decisions
+    moments: Decisions
+
+    @property
+    def deferred_axes(self) -> tuple[str, ...]:
+        accumulated = {
+            axis for decision in self.reduced for entry in decision.spec for axis in _axes(entry)
+        }
+        return tuple(axis for axis in self.rules.token_axes() if axis not in accumulated)
+
+    def compute_spec(self, spec: PartitionSpec) -> PartitionSpec:
+        """The layout a matmul needs of a weight whose working layout is ``spec``."""
+        return without_axes(spec, self.rules.token_axes())
+
+
+def resolve_layout(
+    shapes: Any, dims: Any, optimizer_shapes: Any, rules: Rules, mesh: MeshSpec
+) -> Layout:
+    """Resolve every table for a model and its optimizer.
+
+    Args:
+        shapes: the parameters as ShapeDtypeStructs, in the master dtype.
+        dims: tree of the same structure with dim names.
+        optimizer_shapes: the optimizer state as ShapeDtypeStructs.
+        rules: folded rules.
+        mesh: filled mesh.
+
+    Raises:
+        RulesError, PlacementError, DimsError: see `meshwright.sharding.resolve`.
+    """
+    check_mesh(rules, mesh)
+    leaves = describe(shapes, dims)
+    # Moments are resolved on their own: an unused rule of yours was refused for the masters.
+    moments = describe_optimizer(optimizer_shapes, leaves)
+    return Layout(
+        mesh=mesh,
+        rules=rules,
+        working=resolve(leaves, rules, mesh, "params"),
+        reduced=resolve(leaves, rules, mesh, "gradients"),
+        masters=resolve(leaves, rules, mesh, "optimizer"),
+        moments=resolve(moments, rules, mesh, "optimizer", check_used=False),
+    )
+
+
+def without_axes(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """Remove mesh axes from a spec.
+
+    >>> without_axes(PartitionSpec("tensor", ("fsdp", "data")), ("fsdp",)) == PartitionSpec(
+    ...     "tensor", "data"
+    ... )
+    True
+    """
+    entries: list[Any] = []
+    for entry in spec:
+        kept = tuple(axis for axis in _axes(entry) if axis not in axes)
+        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)

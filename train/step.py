@@ -1,0 +1,404 @@
+"""The train step: one jitted, donated program from (state, batch) to (state, scalars).
+
+Placement, forward, backward, reduction over the data axes, clipping and update are one
+program; microbatches and layers are loops inside it. Nothing here has side effects.
+
+**Weights.** The state holds float32 masters in the optimizer's layout. Where the working layout
+differs (ZeRO-1 and -2) the step starts by casting to the compute dtype and gathering once. Then
+`_Weights.use` is applied to each weight where it is read: cast, gather over the axes that split
+tokens, and on the way back put the gradient into its reduced layout at once, which makes the
+partitioner emit a reduce-scatter and not an all-reduce. Writing the transpose by hand matters:
+jax's own transpose of a sharding constraint is the same constraint, the *gathered* layout.
+Per-layer weights are used inside the layer loop, inside rematerialisation, so a gathered layer
+lives for one layer only and is gathered again in the backward pass.
+
+**Microbatches.** With gradient accumulation every device keeps the partial sums of its own
+tokens and they are reduced once a step, over all axes no accumulator is split over. GSPMD has no
+notion of "not yet reduced", so the partial sums are made explicit: a leading dim of the size of
+those axes, split over them, mapped by ``vmap``. Locally it is a dim of one. The alternative,
+``shard_map`` around the loss, would change the meaning of user code (every mean becomes a local
+mean) and nest badly with the manual regions of ring attention and pipelines.
+
+**Normalisation.** Sums are divided by the global weight of the batch, known before the loop, so
+the result does not depend on how rows are dealt to devices or microbatches.
+
+**Guard.** A non-finite loss or norm, or a norm that spikes, leaves parameters and moments as they
+were; the decision is a select inside the program, not a read-back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshwright.models.functional import Functional
+from meshwright.models.hooks import Hooks, scan_layers
+from meshwright.sharding.placement import Constrain
+from meshwright.train.config import GuardConfig, LossConfig
+from meshwright.train.layout import Layout
+from meshwright.train.loss import token_loss_sum
+from meshwright.train.state import TrainState
+
+__all__ = ["Batch", "StepSpec", "batch_shardings", "eval_step", "gradients", "train_step"]
+
+Batch = dict[str, jax.Array]
+"""``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
+masked documents also ``segments`` and ``positions`` int32 of that shape."""
+
+_LAYERS = "layers"
+_NORM_MEAN_DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """All that the step's program depends on besides its arguments.
+
+    Attributes:
+        model: the model as functions.
+        layout: resolved layouts.
+        mesh: built mesh.
+        optimizer: optax transformation, without clipping.
+        schedule: optimizer step → learning rate, for the metrics.
+        compute_dtype: dtype of matmuls and of weights on the wire.
+        clip_norm: global gradient norm to clip to; 0 for none.
+        loss: z-loss and label smoothing.
+        guard: spike factor.
+    """
+
+    model: Functional
+    layout: Layout
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    compute_dtype: Any
+    clip_norm: float
+    loss: LossConfig
+    guard: GuardConfig
+
+    def constrain(self) -> Constrain:
+        """Activation constraints of this run."""
+        return Constrain(self.layout.rules, self.mesh)
+
+
+def train_step(
+    spec: StepSpec, constrain: Constrain, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step.
+
+    Args:
+        spec: the program's constants.
+        constrain: activation constraints; records the dims it is asked for.
+        state: donated by the caller's jit.
+        batch: see `Batch`.
+
+    Returns:
+        The next state and float32 scalars: ``loss`` (plain cross-entropy, mean over counted
+        tokens), ``grad_norm`` before clipping, ``learning_rate``, ``tokens`` counted,
+        ``skipped`` (1.0 if the update was refused) and ``bad_in_row``.
+    """
+    grads, plain, tokens = gradients(spec, constrain, state.params, batch)
+    loss = plain / jnp.maximum(tokens, 1.0)
+    norm = optax.global_norm(grads)
+    good = _acceptable(spec.guard, loss, norm, state.grad_norm_mean)
+    if spec.clip_norm:
+        scale = spec.clip_norm / jnp.maximum(norm, spec.clip_norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    bad = 1 - good.astype(jnp.int32)
+    seeded = jnp.where(state.grad_norm_mean == 0, norm, state.grad_norm_mean)
+    mean = _NORM_MEAN_DECAY * seeded + (1 - _NORM_MEAN_DECAY) * norm
+    after = replace(
+        state,
+        step=state.step + 1,
+        params=kept[0],
+        opt_state=kept[1],
+        grad_norm_mean=jnp.where(good, mean, state.grad_norm_mean),
+        skipped=state.skipped + bad,
+        bad_in_row=(state.bad_in_row + bad) * bad,
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(spec.schedule(state.step - state.skipped), jnp.float32),
+        "tokens": tokens,
+        "skipped": bad.astype(jnp.float32),
+        "bad_in_row": after.bad_in_row.astype(jnp.float32),
+    }
+    return after, metrics
+
+
+def eval_step(
+    spec: StepSpec, constrain: Constrain, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Plain cross-entropy of a batch: (sum over counted tokens, their weight), no gradients."""
+    weights = _Weights(spec, ())
+    working = weights.working(params)
+
+    def one(totals: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
+        _, plain = _loss_sums(spec, weights, constrain, working, rows)
+        return totals + plain, None
+
+    plain, _ = jax.lax.scan(one, jnp.zeros((), jnp.float32), batch)
+    return plain, jnp.sum(batch["weights"])
+
+
+def gradients(
+    spec: StepSpec, constrain: Constrain, params: Any, batch: Batch
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Gradients of the mean training loss over a global batch.
+
+    Args:
+        spec, constrain: as `train_step`.
+        params: float32 masters.
+        batch: see `Batch`.
+
+    Returns:
+        (gradients, summed plain cross-entropy, counted tokens): gradients float32 in the
+        masters' layout, already divided by the counted tokens.
+    """
+    microbatches, rows = batch["tokens"].shape[:2]
+    tokens = jnp.sum(batch["weights"])
+    scale = 1.0 / jnp.maximum(tokens, 1.0)
+    deferred = _deferred(spec, microbatches)
+    weights = _Weights(spec, deferred, final=microbatches == 1)
+    working = weights.working(params)
+    inner = constrain.without(deferred) if deferred else constrain
+
+    def one(rows: Batch) -> tuple[Any, jax.Array]:
+        def scaled(working: Any) -> tuple[jax.Array, jax.Array]:
+            train, plain = _loss_sums(spec, weights, inner, working, rows)
+            return train * scale, plain
+
+        grads, plain = jax.grad(scaled, has_aux=True)(working)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), plain
+
+    if microbatches == 1:
+        grads, plain = one(jax.tree.map(lambda x: x[0], batch))
+        return weights.into_masters(grads), plain, tokens
+    if deferred:
+        one = jax.vmap(one, spmd_axis_name=deferred)
+        batch = _by_replica(spec, batch, deferred, rows)
+
+    def add(totals: tuple[Any, jax.Array], rows: Batch) -> tuple[tuple[Any, jax.Array], None]:
+        grads, plain = one(rows)
+        summed = jax.tree.map(jnp.add, totals, (grads, plain))
+        return (weights.accumulated(summed[0]), summed[1]), None
+
+    zeros = weights.zero_accumulators(params)
+    plain0 = jnp.zeros([_size(spec, deferred)] if deferred else [], jnp.float32)
+    (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
+    if deferred:
+        grads, plain = jax.tree.map(lambda x: jnp.sum(x, axis=0), (grads, plain))
+    return weights.into_masters(grads), plain, tokens
+
+
+def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedSharding]:
+    """Rows split over the axes of the dim ``batch``, microbatches and length whole or as ruled."""
+    rules = [spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length")]
+    axes = [rule.axes if rule and rule.axes else None for rule in rules]
+    return {name: NamedSharding(spec.mesh, PartitionSpec(None, *axes)) for name in names}
+
+
+def _loss_sums(
+    spec: StepSpec, weights: _Weights, constrain: Constrain, working: Any, rows: Batch
+) -> tuple[jax.Array, jax.Array]:
+    hooks = Hooks(constrain=constrain, run_layers=weights.run_layers)
+    logits = spec.model.apply(
+        weights.use_all_but_layers(working),
+        rows["tokens"],
+        positions=rows.get("positions"),
+        segments=rows.get("segments"),
+        hooks=hooks,
+    )
+    return token_loss_sum(
+        logits,
+        rows["targets"],
+        rows["weights"],
+        z_loss=spec.loss.z_loss,
+        label_smoothing=spec.loss.label_smoothing,
+    )
+
+
+def _acceptable(
+    guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array
+) -> jax.Array:
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if guard.spike_factor:
+        good &= (mean == 0) | (norm <= guard.spike_factor * mean)
+    return good
+
+
+def _deferred(spec: StepSpec, microbatches: int) -> tuple[str, ...]:
+    """Axes to keep gradients unreduced over; none where there is nothing to save."""
+    axes = spec.layout.deferred_axes
+    return axes if microbatches > 1 and _size(spec, axes) > 1 else ()
+
+
+def _size(spec: StepSpec, axes: Sequence[str]) -> int:
+    size = 1
+    for axis in axes:
+        size *= spec.layout.mesh.sizes[axis]
+    return size
+
+
+def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: int) -> Batch:
+    """[m, rows, …] → [m, replicas, rows/replicas, …] without moving a row between devices.
+
+    Rows are split over all batch axes, major to minor; the deferred ones become the new dim.
+    """
+    rule = spec.layout.rules.lookup("activations", "batch")
+    axes = rule.axes if rule else ()
+    sizes = [spec.layout.mesh.sizes[axis] for axis in axes]
+    order = [axis for axis in axes if axis in deferred]
+    kept = [axis for axis in axes if axis not in deferred]
+    moved = [1 + axes.index(axis) for axis in (*order, *kept)]
+
+    def one(x: jax.Array) -> jax.Array:
+        tail = x.shape[2:]
+        local = rows // _size(spec, axes)
+        cube = x.reshape(x.shape[0], *sizes, local, *tail)
+        rank = cube.ndim
+        rest = range(1 + len(sizes), rank)
+        cube = cube.transpose(0, *moved, *rest)
+        replicas = _size(spec, order)
+        out = cube.reshape(x.shape[0], replicas, rows // replicas, *tail)
+        split = PartitionSpec(None, tuple(order), tuple(kept) or None)
+        return jax.lax.with_sharding_constraint(out, NamedSharding(spec.mesh, split))
+
+    return jax.tree.map(one, batch)
+
+
+class _Weights:
+    """Applies the layouts to parameters: working copy, use, accumulators, masters.
+
+    Holds one NamedSharding tree a role, each of the parameters' structure.
+    """
+
+    def __init__(self, spec: StepSpec, deferred: tuple[str, ...], *, final: bool = False) -> None:
+        layout, shapes = spec.layout, spec.model.shapes
+        self.mesh, self.deferred = spec.mesh, deferred
+        self.dtype = spec.compute_dtype
+        self.working_specs = layout.working.specs(shapes)
+        self.master_specs = layout.masters.specs(shapes)
+        self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
+        self.compute_specs = _map_specs(layout.compute_spec, self.working_specs)
+
+    def working(self, masters: Any) -> Any:
+        """Masters as the step keeps them: gathered once, in the compute dtype, where that differs.
+
+        A weight whose two layouts agree stays the float32 master, cast where it is used: a cast
+        copy of all of it would only take memory.
+        """
+
+        def one(master: jax.Array, spec: PartitionSpec, held: PartitionSpec) -> jax.Array:
+            return master if spec == held else self._put(master.astype(self.dtype), spec)
+
+        return jax.tree.map(one, masters, self.working_specs, self.master_specs)
+
+    def use_all_but_layers(self, working: Any) -> Any:
+        """Cast and gather what is not inside the layer loop."""
+        outside = {key: tree for key, tree in working.items() if key != _LAYERS}
+        used = self._use(
+            outside,
+            {key: self.compute_specs[key] for key in outside},
+            {key: self.reduced_specs[key] for key in outside},
+        )
+        return {**working, **used}
+
+    def run_layers(self, body: Callable, stacked: Any, x: jax.Array, remat: str) -> jax.Array:
+        """Scan the layers, using each layer's weights inside the rematerialised body."""
+        compute = _map_specs(_drop_first, self.compute_specs[_LAYERS])
+        reduced = _map_specs(_drop_first, self.reduced_specs[_LAYERS])
+
+        def using(x: jax.Array, layer: Any) -> jax.Array:
+            return body(x, self._use(layer, compute, reduced))
+
+        gathers = self.compute_specs[_LAYERS] != self.working_specs[_LAYERS]
+        if remat == "none" and gathers:
+            # Without this, the backward pass would keep every layer's gathered weights.
+            using = jax.checkpoint(using, policy=_save_all_but_weights, prevent_cse=False)
+        return scan_layers(using, stacked, x, remat)
+
+    def zero_accumulators(self, params: Any) -> Any:
+        """Float32 zeros in the accumulators' layout, with the leading dim of replicas."""
+
+        def one(param: jax.Array) -> jax.Array:
+            lead = [_mesh_size(self.mesh, self.deferred)] if self.deferred else []
+            return jnp.zeros([*lead, *param.shape], jnp.float32)
+
+        return self.accumulated(jax.tree.map(one, params))
+
+    def accumulated(self, grads: Any) -> Any:
+        """Hold accumulators to their layout inside the loop."""
+
+        def one(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+            full = PartitionSpec(self.deferred, *spec) if self.deferred else spec
+            return self._put(grad, full)
+
+        return jax.tree.map(one, grads, self.reduced_specs)
+
+    def into_masters(self, grads: Any) -> Any:
+        """Reduced gradients in the layout the optimizer updates in."""
+        return jax.tree.map(self._put, grads, self.master_specs)
+
+    def _use(self, weights: Any, compute: Any, reduced: Any) -> Any:
+        return jax.tree.map(self._use_one, weights, compute, reduced)
+
+    def _use_one(
+        self, weight: jax.Array, compute: PartitionSpec, reduced: PartitionSpec
+    ) -> jax.Array:
+        stored = weight.dtype
+
+        @jax.custom_vjp
+        def use(weight: jax.Array) -> jax.Array:
+            return self._put(weight.astype(self.dtype), compute)
+
+        def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+            # Through the compute layout first: the partitioner then sums each device's partial
+            # gradient and keeps its part of the sum, a reduce-scatter. Asked for the reduced
+            # layout alone, it may instead reshard what the gradient is computed from.
+            return (self._put(self._put(grad, compute), reduced).astype(stored),)
+
+        use.defvjp(lambda weight: (use(weight), None), backward)
+        return use(weight)
+
+    def _put(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _save_all_but_weights(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Rematerialisation policy: keep activations, cast and gather weights again.
+
+    Constraints and casts are cheap to repeat on activations. `_use_one` appears as a custom
+    derivative of one operand; those with more (fused attention) are kept.
+    """
+    if primitive.name == "custom_vjp_call":
+        return len(operands) > 1
+    return primitive.name not in ("sharding_constraint", "convert_element_type")
+
+
+def _map_specs(fn: Callable[[PartitionSpec], PartitionSpec], specs: Any) -> Any:
+    return jax.tree.map(fn, specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+
+def _drop_first(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*spec[1:])
+
+
+def _mesh_size(mesh: Mesh, axes: Sequence[str]) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh.shape[axis]
+    return size
