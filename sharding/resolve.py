@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meshwright.sharding.dims import Leaf, format_dims, format_shape
 from meshwright.sharding.errors import PlacementError, RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.rules import Rule, Rules, ShapeRule, Table
+from meshwright.sharding.rules import STANDARD, Rule, Rules, ShapeRule, Table
 
 __all__ = ["Decision", "Decisions", "check_mesh", "resolve", "resolve_dims"]
 
@@ -263,8 +263,7 @@ class _Decider:
             text = ", ".join(str(rule) for rule in splitting)
             by = " and ".join(dict.fromkeys(rule.source for rule in splitting))
             return self._found(entries, text, f"split by {by}")
-        whole = " and ".join(dict.fromkeys(rule.source for rule in rules if rule))
-        return self._found([], "whole", f"kept whole by {whole or self._no_splitter()}")
+        return self._found([], "whole", self._why_whole(rules))
 
     def _rule_for(self, leaf: Leaf, name: str | None) -> Rule | None:
         if name is None:
@@ -283,9 +282,13 @@ class _Decider:
             )
         return rule
 
-    def _no_splitter(self) -> str:
-        folded = " and ".join(f"{name}()" for name, _ in self.rules.strategies)
-        return f"{folded}: no strategy splits parameters" if folded else "having no strategy"
+    def _why_whole(self, rules: Sequence[Rule | None]) -> str:
+        asked = [rule for rule in rules if rule and rule.source != STANDARD]
+        if asked:
+            by = " and ".join(dict.fromkeys(rule.source for rule in asked))
+            return f"kept whole by {by}: {', '.join(str(rule) for rule in asked)}"
+        folded = " and ".join(f"{name}()" for name, _ in self.rules.strategies) or "no strategy"
+        return f"whole: none of its dims is split by {folded}"
 
     def _check_divides(self, leaf: Leaf, index: int, rule: Rule | None, axes: Any) -> None:
         parts = math.prod(self._sizes[axis] for axis in axes)

@@ -36,7 +36,7 @@ from typing import Literal, get_args
 
 from meshwright.sharding.errors import RulesError, did_you_mean
 
-__all__ = ["STANDARD_DIMS", "Rule", "Rules", "ShapeRule", "Table"]
+__all__ = ["STANDARD", "STANDARD_DIMS", "Rule", "Rules", "ShapeRule", "Table"]
 
 Table = Literal["params", "gradients", "optimizer", "activations"]
 TABLES: tuple[Table, ...] = get_args(Table)
@@ -56,6 +56,9 @@ STANDARD_DIMS = {
     "activations": ("batch", "length", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"),
 }
 """The dim names the strategies know; gradients and optimizer have those of the parameters."""
+
+STANDARD = "standard vocabulary"
+"""Source of the rules every table starts with."""
 
 _USER = "your rule"
 
@@ -108,7 +111,7 @@ class ShapeRule:
 
 def _standard(table: Table) -> tuple[Rule, ...]:
     names = STANDARD_DIMS["activations" if table == "activations" else "params"]
-    return tuple(Rule(name, (), "standard vocabulary") for name in names)
+    return tuple(Rule(name, (), STANDARD) for name in names)
 
 
 @dataclass(frozen=True)

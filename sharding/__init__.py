@@ -1,0 +1,114 @@
+"""Declare where every dimension lives, resolve it on a mesh, place the arrays.
+
+Names are imported on first use, so ``import meshwright.sharding.errors`` never imports jax.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meshwright.sharding.dims import DimPatterns as DimPatterns
+    from meshwright.sharding.dims import dims_of as dims_of
+    from meshwright.sharding.errors import CheckpointError as CheckpointError
+    from meshwright.sharding.errors import ConfigError as ConfigError
+    from meshwright.sharding.errors import DataError as DataError
+    from meshwright.sharding.errors import DimsError as DimsError
+    from meshwright.sharding.errors import MeshError as MeshError
+    from meshwright.sharding.errors import MeshwrightError as MeshwrightError
+    from meshwright.sharding.errors import MissingExtraError as MissingExtraError
+    from meshwright.sharding.errors import NonFiniteError as NonFiniteError
+    from meshwright.sharding.errors import PlacementError as PlacementError
+    from meshwright.sharding.errors import RulesError as RulesError
+    from meshwright.sharding.errors import RunError as RunError
+    from meshwright.sharding.errors import TopologyError as TopologyError
+    from meshwright.sharding.mesh import MeshSpec as MeshSpec
+    from meshwright.sharding.placement import init_sharded as init_sharded
+    from meshwright.sharding.placement import shardings_of as shardings_of
+    from meshwright.sharding.resolve import Decision as Decision
+    from meshwright.sharding.resolve import Decisions as Decisions
+    from meshwright.sharding.resolve import resolve as resolve
+    from meshwright.sharding.rules import Rule as Rule
+    from meshwright.sharding.rules import Rules as Rules
+    from meshwright.sharding.strategies import data as data
+    from meshwright.sharding.strategies import fold as fold
+    from meshwright.sharding.strategies import fsdp as fsdp
+    from meshwright.sharding.strategies import tensor as tensor
+    from meshwright.sharding.strategies import zero1 as zero1
+    from meshwright.sharding.strategies import zero2 as zero2
+    from meshwright.sharding.topology import Topology as Topology
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Decision",
+    "Decisions",
+    "DimPatterns",
+    "DimsError",
+    "MeshError",
+    "MeshSpec",
+    "MeshwrightError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "PlacementError",
+    "Rule",
+    "Rules",
+    "RulesError",
+    "RunError",
+    "Topology",
+    "TopologyError",
+    "data",
+    "dims_of",
+    "fold",
+    "fsdp",
+    "init_sharded",
+    "resolve",
+    "shardings_of",
+    "tensor",
+    "zero1",
+    "zero2",
+]
+
+_MODULE_OF = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Decision": "resolve",
+    "Decisions": "resolve",
+    "DimPatterns": "dims",
+    "DimsError": "errors",
+    "MeshError": "errors",
+    "MeshSpec": "mesh",
+    "MeshwrightError": "errors",
+    "MissingExtraError": "errors",
+    "NonFiniteError": "errors",
+    "PlacementError": "errors",
+    "Rule": "rules",
+    "Rules": "rules",
+    "RulesError": "errors",
+    "RunError": "errors",
+    "Topology": "topology",
+    "TopologyError": "errors",
+    "data": "strategies",
+    "dims_of": "dims",
+    "fold": "strategies",
+    "fsdp": "strategies",
+    "init_sharded": "placement",
+    "resolve": "resolve",
+    "shardings_of": "placement",
+    "tensor": "strategies",
+    "zero1": "strategies",
+    "zero2": "strategies",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

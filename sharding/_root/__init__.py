@@ -1,0 +1,38 @@
+"""Parallel training of Flax models on JAX: declare, resolve, train.
+
+``meshwright.sharding`` is the toolkit, ``meshwright.models`` the decoders, ``meshwright.train``
+the loop. Each is imported on first use, and none of them imports jax before it has to.
+
+>>> import meshwright
+>>> meshwright.sharding.ConfigError.__name__
+'ConfigError'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meshwright import models as models
+    from meshwright import sharding as sharding
+    from meshwright import train as train
+
+    __version__: str
+
+__all__ = ["__version__", "models", "sharding", "train"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        # importlib.metadata takes longer to import than the rest of this package together.
+        from importlib.metadata import version
+
+        return version(__name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

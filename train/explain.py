@@ -1,0 +1,201 @@
+"""``meshwright explain``: where everything would live, for any size of model, without devices.
+
+Shapes come from `jax.eval_shape`, specs from the rules; nothing is allocated and no backend is
+started unless the topology is ``local``, so a 405B model on thousands of devices takes as long as
+a small one: the time is jax's import.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshwright.models.config import count_parameters
+from meshwright.models.functional import Functional, functional
+from meshwright.sharding.errors import RunError
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.report import decision_json, decisions_table, format_bytes, spec_json
+from meshwright.sharding.topology import Topology
+from meshwright.train.config import TrainConfig
+from meshwright.train.layout import Layout, resolve_layout
+from meshwright.train.optimizer import make_optimizer
+from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
+from meshwright.train.state import abstract_state
+
+__all__ = ["Totals", "explain", "explain_json", "layout_of", "totals_of"]
+
+SCHEMA = "meshwright.explain/1"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes on each device.
+
+    Attributes:
+        parameters_bytes: float32 masters.
+        working_bytes: the compute-dtype copy of those whose working layout differs.
+        gradients_bytes: float32 accumulators; without accumulation, gradients as they reach
+            the optimizer.
+        optimizer_bytes: moments and counters.
+    """
+
+    parameters_bytes: int
+    working_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Sum of all four."""
+        return (
+            self.parameters_bytes + self.working_bytes + self.gradients_bytes + self.optimizer_bytes
+        )
+
+
+def layout_of(config: TrainConfig, model: Functional, mesh: MeshSpec) -> Layout:
+    """Resolve a config on a filled mesh; shapes only.
+
+    Raises:
+        RulesError, PlacementError: what cannot be placed.
+    """
+    rules = choose_rules(config, mesh)
+    check_batch(config, rules, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps, model.dims)
+    shapes = abstract_state(model.init, optimizer)
+    return resolve_layout(model.shapes, model.dims, shapes.opt_state, rules, mesh)
+
+
+def totals_of(layout: Layout, *, grad_accum: int, compute_itemsize: int) -> Totals:
+    """Sum the decisions per device.
+
+    Args:
+        layout: resolved.
+        grad_accum: microbatches a step; with one there is no accumulator.
+        compute_itemsize: bytes of an element of the working copy.
+    """
+    working = sum(
+        work.bytes_per_device * compute_itemsize // work.leaf.dtype.itemsize
+        for work, master in zip(layout.working, layout.masters, strict=True)
+        if work.spec != master.spec
+    )
+    gradients = layout.reduced if grad_accum > 1 else layout.masters
+    return Totals(
+        parameters_bytes=layout.masters.bytes_per_device,
+        working_bytes=working,
+        gradients_bytes=gradients.bytes_per_device,
+        optimizer_bytes=layout.moments.bytes_per_device,
+    )
+
+
+def explain(config: TrainConfig, json_path: str | None = None) -> int:
+    """Print the decisions and totals of a config to stdout; write them to ``json_path`` as JSON.
+
+    Returns:
+        The exit code, 0.
+    """
+    from rich.console import Console
+
+    topology, mesh = _mesh_without_devices(config)
+    model = functional(config.model)
+    layout = layout_of(config, model, mesh)
+    itemsize = 4 if config.dtype == "float32" else 2
+    totals = totals_of(layout, grad_accum=config.grad_accum, compute_itemsize=itemsize)
+    if json_path:
+        _write(json_path, explain_json(config, str(topology), layout, totals))
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 160)
+    console.print(
+        f"{config.model.name}: {count_parameters(config.model):,} parameters on {topology}, "
+        f"mesh {mesh}",
+        highlight=False,
+    )
+    tables = [
+        ("params", layout.working),
+        ("gradients", layout.reduced),
+        ("optimizer", layout.masters),
+    ]
+    console.print(decisions_table("", tables))
+    console.print(_totals_text(totals, config), highlight=False)
+    return 0
+
+
+def explain_json(
+    config: TrainConfig, topology: str, layout: Layout, totals: Totals
+) -> dict[str, Any]:
+    """The same as a JSON document, ``schema`` first; specs list each dim's axes."""
+    parameters = []
+    for index, decision in enumerate(layout.masters):
+        working, reduced = layout.working.decisions[index], layout.reduced.decisions[index]
+        row = decision_json(decision)
+        row["rule"] = working.rule if working.spec else decision.rule
+        row["reason"] = working.reason if working.spec else decision.reason
+        row["specs"] = {
+            "params": spec_json(working.spec),
+            "gradients": spec_json(reduced.spec),
+            "optimizer": spec_json(decision.spec),
+        }
+        del row["spec"]
+        parameters.append(row)
+    return {
+        "schema": SCHEMA,
+        "model": config.model.name,
+        "parameters": count_parameters(config.model),
+        "topology": topology,
+        "mesh": layout.mesh.sizes,
+        "strategies": [f"{name}({axis})" for name, axis in layout.rules.strategies],
+        "per_device": {
+            "parameters_bytes": totals.parameters_bytes,
+            "working_bytes": totals.working_bytes,
+            "gradients_bytes": totals.gradients_bytes,
+            "optimizer_bytes": totals.optimizer_bytes,
+            "state_bytes": totals.state_bytes,
+        },
+        "decisions": parameters,
+        "optimizer_state": [decision_json(decision) for decision in layout.moments],
+    }
+
+
+def _mesh_without_devices(config: TrainConfig) -> tuple[Topology, MeshSpec]:
+    """Topology and filled mesh without starting a backend, but for ``local``.
+
+    ``auto`` counts as eight simulated devices, or as many as a fully sized mesh asks for.
+    """
+    topology = Topology.parse(config.topology)
+    if topology.kind == "local":
+        devices = topology.devices()
+        simulated = devices[0].platform == "cpu"
+        return topology, choose_mesh(config, len(devices), simulated=simulated)
+    if topology.kind == "auto":
+        spec = None if config.mesh == "auto" else MeshSpec.parse(config.mesh)
+        sized = spec is not None and -1 not in spec.sizes.values()
+        topology = Topology("cpu", (spec.device_count if sized else 8,))
+    count = topology.device_count or 1
+    return topology, choose_mesh(config, count, simulated=topology.kind == "cpu")
+
+
+def _totals_text(totals: Totals, config: TrainConfig) -> str:
+    lines = [
+        ("parameters", totals.parameters_bytes, "float32 masters"),
+        ("working copy", totals.working_bytes, "compute dtype, where its layout differs"),
+        (
+            "gradients",
+            totals.gradients_bytes,
+            "float32 accumulators" if config.grad_accum > 1 else "float32, as updated",
+        ),
+        ("optimizer", totals.optimizer_bytes, f"{config.optimizer.name} state"),
+        ("together", totals.state_bytes, "without activations"),
+    ]
+    rows = [f"  {name:<13}{format_bytes(size):>11}  {what}" for name, size, what in lines]
+    return "\n".join(["a device holds:", *rows])
+
+
+def _write(path: str, document: dict[str, Any]) -> None:
+    try:
+        Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"cannot write `{path}`", why=str(error.strerror or error), fix="name another file"
+        ) from None

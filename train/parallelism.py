@@ -1,0 +1,139 @@
+"""From the few words of a config to a mesh, rules and dtype: what is derived, and why.
+
+A run says ``--mesh data=2,fsdp=2,tensor=2`` and nothing more: each axis name brings its strategy,
+in canonical order, and the ZeRO stage joins the data axis. Everything that is derived is a
+pure function here, so that ``train`` and ``explain`` derive the same and both can print it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from meshwright.sharding.errors import MeshError, PlacementError, RulesError, did_you_mean
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.rules import Rules
+from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
+from meshwright.sharding.topology import Topology
+from meshwright.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    import jax
+
+__all__ = ["check_batch", "choose_dtype", "choose_mesh", "choose_rules", "describe_devices"]
+
+_DEMO_MESH = "data=2,fsdp=2,tensor=2"
+_DEMO_DEVICES = 8
+_SUPPORTED = ("data", "fsdp", "tensor")
+
+
+def choose_mesh(config: TrainConfig, device_count: int, *, simulated: bool) -> MeshSpec:
+    """The filled mesh of a run.
+
+    ``auto`` is data=2,fsdp=2,tensor=2 on eight simulated devices, so that a first run shows all
+    three, and fsdp=-1 elsewhere: on real devices the safest use of all of them.
+
+    Raises:
+        MeshError: sizes that do not multiply to the devices, or an axis without a strategy.
+    """
+    text = config.mesh
+    if text == "auto":
+        demo = simulated and device_count == _DEMO_DEVICES
+        text = _DEMO_MESH if demo else "fsdp=-1"
+    spec = MeshSpec.parse(text)
+    for axis, size in spec.axes:
+        if axis not in _SUPPORTED and size != 1:
+            raise MeshError(
+                f"cannot train with the mesh axis `{axis}`",
+                where=f"mesh {spec}",
+                why=f"`{axis}` has no strategy in this version",
+                fix=f"use {', '.join(_SUPPORTED)}",
+            )
+    kept = tuple((axis, size) for axis, size in spec.axes if axis in _SUPPORTED)
+    kept = kept or (("data", 1),)
+    named = f"cpu:{device_count}" if simulated else str(config.topology)
+    across = tuple((axis, parts) for axis, parts in spec.across if axis in _SUPPORTED)
+    return MeshSpec(kept, across).fill(device_count, named)
+
+
+def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
+    """Fold the strategy of each mesh axis, the ZeRO stage, then the config's own rules.
+
+    ZeRO-2 keeps gradients in shards between microbatches, so with it `fsdp` does too, whatever
+    ``accumulate`` says: half a gradient in each layout would be resharded every step.
+
+    Raises:
+        RulesError: ``zero`` without a data axis, or a rule that cannot be read.
+    """
+    accumulate = "sharded" if config.zero == 2 else config.accumulate
+    by_axis = {"data": data(), "fsdp": fsdp(accumulate=accumulate), "tensor": tensor()}
+    strategies = [by_axis[axis] for axis in mesh.names]
+    if config.zero:
+        if "data" not in mesh.names:
+            raise RulesError(
+                f"cannot use zero={config.zero}",
+                where=f"mesh {mesh}",
+                why="ZeRO splits optimizer state over the data axis, and there is none",
+                fix="add data=2 (or more) to the mesh; fsdp splits everything already",
+            )
+        strategies.append(zero1() if config.zero == 1 else zero2())
+    rules = fold(*strategies)
+    for text in config.rules:
+        table, _, rest = text.partition(".")
+        dim = rest.partition("=")[0]
+        if table == "activations" and rules.lookup("activations", dim) is None:
+            known = rules.known_dims("activations")
+            raise RulesError(f"cannot use the rule `{text}`", fix=did_you_mean(dim, known))
+        rules = rules.with_text(text)
+    return rules
+
+
+def choose_dtype(config: TrainConfig, *, on_cpu: bool) -> Any:
+    """The compute dtype: as set, else bfloat16 on accelerators and float32 on CPU.
+
+    CPUs widen bfloat16 before every operation: it costs time there and saves nothing.
+    """
+    import jax.numpy as jnp
+
+    if config.dtype is None:
+        return jnp.float32 if on_cpu else jnp.bfloat16
+    return jnp.dtype(config.dtype).type
+
+
+def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
+    """Check that each microbatch's rows divide over the axes that split the batch.
+
+    Raises:
+        PlacementError: with the batch sizes that work.
+    """
+    rule = rules.lookup("activations", "batch")
+    axes = rule.axes if rule else ()
+    parts = 1
+    for axis in axes:
+        parts *= mesh.sizes[axis]
+    rows = config.batch_size // config.grad_accum
+    if rows % parts == 0 and rows:
+        return
+    unit = parts * config.grad_accum
+    below = config.batch_size // unit * unit
+    choices = [str(size) for size in (below, below + unit) if size]
+    named = " × ".join(f"{axis}={mesh.sizes[axis]}" for axis in axes)
+    raise PlacementError(
+        f"cannot deal {config.batch_size} rows over {parts} devices"
+        + (f" in {config.grad_accum} microbatches" if config.grad_accum > 1 else ""),
+        where=f"batch_size={config.batch_size}, grad_accum={config.grad_accum}, mesh {mesh}",
+        why=f"each microbatch has {rows} rows for {named} = {parts} parts",
+        fix=f"use --batch-size {' or '.join(choices)}",
+    )
+
+
+def describe_devices(topology: Topology, devices: list[jax.Device]) -> str:
+    """Devices in words, for the summary of a run.
+
+    >>> import jax
+    >>> describe_devices(Topology.parse("cpu:2"), jax.devices("cpu")[:2])
+    '2 simulated CPU devices'
+    """
+    first = devices[0]
+    if first.platform == "cpu":
+        return f"{len(devices)} simulated CPU devices" if len(devices) > 1 else "1 CPU device"
+    return f"{len(devices)} × {first.device_kind}"
