@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meshwright.sharding.decisions import Decision as Decision
+    from meshwright.sharding.decisions import Decisions as Decisions
+    from meshwright.sharding.decisions import check_mesh as check_mesh
+    from meshwright.sharding.decisions import resolve as resolve
     from meshwright.sharding.dims import DimPatterns as DimPatterns
+    from meshwright.sharding.dims import Leaf as Leaf
+    from meshwright.sharding.dims import describe as describe
+    from meshwright.sharding.dims import describe_optimizer as describe_optimizer
     from meshwright.sharding.dims import dims_of as dims_of
     from meshwright.sharding.errors import CheckpointError as CheckpointError
     from meshwright.sharding.errors import ConfigError as ConfigError
@@ -24,13 +31,14 @@ if TYPE_CHECKING:
     from meshwright.sharding.errors import RunError as RunError
     from meshwright.sharding.errors import TopologyError as TopologyError
     from meshwright.sharding.mesh import MeshSpec as MeshSpec
+    from meshwright.sharding.placement import Constrain as Constrain
     from meshwright.sharding.placement import init_sharded as init_sharded
     from meshwright.sharding.placement import shardings_of as shardings_of
-    from meshwright.sharding.resolve import Decision as Decision
-    from meshwright.sharding.resolve import Decisions as Decisions
-    from meshwright.sharding.resolve import resolve as resolve
     from meshwright.sharding.rules import Rule as Rule
     from meshwright.sharding.rules import Rules as Rules
+    from meshwright.sharding.rules import ShapeRule as ShapeRule
+    from meshwright.sharding.rules import Table as Table
+    from meshwright.sharding.strategies import Strategy as Strategy
     from meshwright.sharding.strategies import data as data
     from meshwright.sharding.strategies import fold as fold
     from meshwright.sharding.strategies import fsdp as fsdp
@@ -42,11 +50,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "Constrain",
     "DataError",
     "Decision",
     "Decisions",
     "DimPatterns",
     "DimsError",
+    "Leaf",
     "MeshError",
     "MeshSpec",
     "MeshwrightError",
@@ -57,9 +67,15 @@ __all__ = [
     "Rules",
     "RulesError",
     "RunError",
+    "ShapeRule",
+    "Strategy",
+    "Table",
     "Topology",
     "TopologyError",
+    "check_mesh",
     "data",
+    "describe",
+    "describe_optimizer",
     "dims_of",
     "fold",
     "fsdp",
@@ -74,11 +90,13 @@ __all__ = [
 _MODULE_OF = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "Constrain": "placement",
     "DataError": "errors",
-    "Decision": "resolve",
-    "Decisions": "resolve",
+    "Decision": "decisions",
+    "Decisions": "decisions",
     "DimPatterns": "dims",
     "DimsError": "errors",
+    "Leaf": "dims",
     "MeshError": "errors",
     "MeshSpec": "mesh",
     "MeshwrightError": "errors",
@@ -89,14 +107,20 @@ _MODULE_OF = {
     "Rules": "rules",
     "RulesError": "errors",
     "RunError": "errors",
+    "ShapeRule": "rules",
+    "Strategy": "strategies",
+    "Table": "rules",
     "Topology": "topology",
     "TopologyError": "errors",
+    "check_mesh": "decisions",
     "data": "strategies",
+    "describe": "dims",
+    "describe_optimizer": "dims",
     "dims_of": "dims",
     "fold": "strategies",
     "fsdp": "strategies",
     "init_sharded": "placement",
-    "resolve": "resolve",
+    "resolve": "decisions",
     "shardings_of": "placement",
     "tensor": "strategies",
     "zero1": "strategies",

@@ -34,7 +34,17 @@ import numpy as np
 
 from meshwright.sharding.errors import DimsError, did_you_mean
 
-__all__ = ["DimPatterns", "Dims", "Leaf", "describe", "describe_optimizer", "dims_of"]
+__all__ = [
+    "DimPatterns",
+    "Dims",
+    "Leaf",
+    "describe",
+    "describe_optimizer",
+    "dims_of",
+    "format_dims",
+    "format_path",
+    "format_shape",
+]
 
 Dims = tuple[str | None, ...]
 """One name a dimension, outermost first; None for a dimension that is never split."""

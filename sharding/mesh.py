@@ -22,12 +22,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshwright.sharding.errors import MeshError, did_you_mean
 
 if TYPE_CHECKING:
-    import jax
     from jax.sharding import AbstractMesh, Mesh
 
 __all__ = ["AXES", "MeshSpec"]
@@ -234,7 +233,7 @@ class MeshSpec:
             )
         return tuple(rows)
 
-    def build(self, devices: Sequence[jax.Device]) -> Mesh:
+    def build(self, devices: Sequence[Any]) -> Mesh:
         """Lay the mesh over devices, slow links outermost; axis types are Auto.
 
         Raises:
@@ -276,9 +275,9 @@ class MeshSpec:
         return AbstractMesh(tuple(self.sizes.values()), self.names, (AxisType.Auto,) * count)
 
 
-def _slice_index(device: jax.Device) -> int:
+def _slice_index(device: Any) -> int:
     return getattr(device, "slice_index", 0)
 
 
-def _process_index(device: jax.Device) -> int:
+def _process_index(device: Any) -> int:
     return device.process_index

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from meshwright.sharding.decisions import Decisions, resolve_dims
 from meshwright.sharding.errors import RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.resolve import Decisions, resolve_dims
 from meshwright.sharding.rules import Rules
 
 __all__ = ["Constrain", "init_sharded", "shardings_of"]

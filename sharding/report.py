@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import PartitionSpec
 
+from meshwright.sharding.decisions import Decision, Decisions
 from meshwright.sharding.dims import format_dims, format_shape
-from meshwright.sharding.resolve import Decision, Decisions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +97,7 @@ def decisions_table(title: str, tables: Sequence[tuple[str, Decisions]]) -> Tabl
     table.add_column("a device", justify="right", no_wrap=True)
     for index, decision in enumerate(first):
         deciding = decision if decision.spec else last.decisions[index]
-        why = f"{deciding.rule}; {deciding.reason}" if deciding.spec else deciding.reason
+        why = deciding.rule if deciding.spec else deciding.reason
         table.add_row(
             decision.leaf.path,
             format_shape(decision.leaf.shape),

@@ -39,7 +39,7 @@ from meshwright.sharding.errors import RulesError, did_you_mean
 __all__ = ["STANDARD", "STANDARD_DIMS", "Rule", "Rules", "ShapeRule", "Table"]
 
 Table = Literal["params", "gradients", "optimizer", "activations"]
-TABLES: tuple[Table, ...] = get_args(Table)
+_TABLES: tuple[Table, ...] = get_args(Table)
 
 STANDARD_DIMS = {
     "params": (
@@ -147,7 +147,7 @@ class Rules:
             "activations": self.activations,
         }
         if name not in tables:
-            raise RulesError(f"there is no table `{name}`", fix=did_you_mean(name, TABLES))
+            raise RulesError(f"there is no table `{name}`", fix=did_you_mean(name, _TABLES))
         return tables[name]
 
     def lookup(self, table: Table, dim: str) -> Rule | None:
@@ -246,7 +246,7 @@ class Rules:
     def axes(self) -> dict[str, str]:
         """Every mesh axis the rules mention, with who mentions it first."""
         found: dict[str, str] = {}
-        for table in TABLES:
+        for table in _TABLES:
             for rule in self.table(table):
                 for axis in rule.axes:
                     found.setdefault(axis, f"{rule.source}, rule `{table}.{rule}`")

@@ -25,12 +25,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from meshwright.sharding.errors import TopologyError, did_you_mean
-
-if TYPE_CHECKING:
-    import jax
 
 __all__ = ["GPU_CHIPS", "TPU_CHIPS", "Topology"]
 
@@ -143,8 +140,8 @@ class Topology:
         tail = f"*{self.slices}" if self.slices > 1 else ""
         return f"{self.chip}:{'x'.join(map(str, self.shape))}{tail}"
 
-    def devices(self) -> list[jax.Device]:
-        """Return the devices, starting jax's backend if it has not started.
+    def devices(self) -> list[Any]:
+        """Return the jax devices, starting jax's backend if it has not started.
 
         For ``cpu:N`` with the backend already running, its first N CPU devices serve if
         there are that many.
@@ -170,7 +167,7 @@ class Topology:
                     fix="use --topology local on that hardware, or cpu:8 to simulate",
                 )
 
-    def _simulated_devices(self) -> list[jax.Device]:
+    def _simulated_devices(self) -> list[Any]:
         import jax
 
         wanted = self.shape[0]

@@ -15,7 +15,8 @@ from typing import Any
 
 from meshwright.models.config import count_parameters
 from meshwright.models.functional import Functional, functional
-from meshwright.sharding.errors import RunError
+from meshwright.sharding.decisions import Decisions
+from meshwright.sharding.errors import PlacementError, RunError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.report import decision_json, decisions_table, format_bytes, spec_json
 from meshwright.sharding.topology import Topology
@@ -25,9 +26,9 @@ from meshwright.train.optimizer import make_optimizer
 from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
 from meshwright.train.state import abstract_state
 
-__all__ = ["Totals", "explain", "explain_json", "layout_of", "totals_of"]
+__all__ = ["Totals", "explain", "explain_json", "gradients_of", "layout_of", "totals_of"]
 
-SCHEMA = "meshwright.explain/1"
+_SCHEMA = "meshwright.explain/1"
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ def layout_of(config: TrainConfig, model: Functional, mesh: MeshSpec) -> Layout:
         RulesError, PlacementError: what cannot be placed.
     """
     rules = choose_rules(config, mesh)
-    check_batch(config, rules, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps, model.dims)
     shapes = abstract_state(model.init, optimizer)
     return resolve_layout(model.shapes, model.dims, shapes.opt_state, rules, mesh)
+
+
+def gradients_of(layout: Layout, grad_accum: int) -> Decisions:
+    """Where gradients are held: the accumulator's layout, or the masters' where there is none."""
+    return layout.reduced if grad_accum > 1 else layout.masters
 
 
 def totals_of(layout: Layout, *, grad_accum: int, compute_itemsize: int) -> Totals:
@@ -81,7 +86,7 @@ def totals_of(layout: Layout, *, grad_accum: int, compute_itemsize: int) -> Tota
         for work, master in zip(layout.working, layout.masters, strict=True)
         if work.spec != master.spec
     )
-    gradients = layout.reduced if grad_accum > 1 else layout.masters
+    gradients = gradients_of(layout, grad_accum)
     return Totals(
         parameters_bytes=layout.masters.bytes_per_device,
         working_bytes=working,
@@ -114,11 +119,15 @@ def explain(config: TrainConfig, json_path: str | None = None) -> int:
     )
     tables = [
         ("params", layout.working),
-        ("gradients", layout.reduced),
+        ("gradients", gradients_of(layout, config.grad_accum)),
         ("optimizer", layout.masters),
     ]
     console.print(decisions_table("", tables))
     console.print(_totals_text(totals, config), highlight=False)
+    try:
+        check_batch(config, layout.rules, mesh)
+    except PlacementError as error:
+        print(f"note: training with these flags would be refused:\n{error}", file=sys.stderr)
     return 0
 
 
@@ -127,8 +136,9 @@ def explain_json(
 ) -> dict[str, Any]:
     """The same as a JSON document, ``schema`` first; specs list each dim's axes."""
     parameters = []
+    gradients = gradients_of(layout, config.grad_accum)
     for index, decision in enumerate(layout.masters):
-        working, reduced = layout.working.decisions[index], layout.reduced.decisions[index]
+        working, reduced = layout.working.decisions[index], gradients.decisions[index]
         row = decision_json(decision)
         row["rule"] = working.rule if working.spec else decision.rule
         row["reason"] = working.reason if working.spec else decision.reason
@@ -140,7 +150,7 @@ def explain_json(
         del row["spec"]
         parameters.append(row)
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "model": config.model.name,
         "parameters": count_parameters(config.model),
         "topology": topology,
@@ -170,8 +180,8 @@ def _mesh_without_devices(config: TrainConfig) -> tuple[Topology, MeshSpec]:
         return topology, choose_mesh(config, len(devices), simulated=simulated)
     if topology.kind == "auto":
         spec = None if config.mesh == "auto" else MeshSpec.parse(config.mesh)
-        sized = spec is not None and -1 not in spec.sizes.values()
-        topology = Topology("cpu", (spec.device_count if sized else 8,))
+        sized = spec.device_count if spec and -1 not in spec.sizes.values() else 8
+        topology = Topology("cpu", (sized,))
     count = topology.device_count or 1
     return topology, choose_mesh(config, count, simulated=topology.kind == "cpu")
 

@@ -28,9 +28,9 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from meshwright.sharding.decisions import Decisions, check_mesh, resolve
 from meshwright.sharding.dims import describe, describe_optimizer
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.resolve import Decisions, check_mesh, resolve
 from meshwright.sharding.rules import Rules
 
 __all__ = ["Layout", "resolve_layout", "without_axes"]
@@ -83,7 +83,7 @@ def resolve_layout(
         mesh: filled mesh.
 
     Raises:
-        RulesError, PlacementError, DimsError: see `meshwright.sharding.resolve`.
+        RulesError, PlacementError, DimsError: see `meshwright.sharding.decisions`.
     """
     check_mesh(rules, mesh)
     leaves = describe(shapes, dims)

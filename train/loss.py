@@ -50,7 +50,8 @@ def token_loss_sum(
     """
     vocab = logits.shape[-1]
     lse = jax.nn.logsumexp(logits, axis=-1)
-    hit = jnp.arange(vocab, dtype=targets.dtype) == targets[..., None]
+    classes = jnp.arange(vocab, dtype=targets.dtype)[None, None]
+    hit = classes == targets[..., None]
     label = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     plain = jnp.sum(weights * (lse - label))
     if not (z_loss or label_smoothing):

@@ -7,17 +7,13 @@ pure function here, so that ``train`` and ``explain`` derive the same and both c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
-from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    import jax
 
 __all__ = ["check_batch", "choose_dtype", "choose_mesh", "choose_rules", "describe_devices"]
 
@@ -126,11 +122,11 @@ def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
     )
 
 
-def describe_devices(topology: Topology, devices: list[jax.Device]) -> str:
+def describe_devices(devices: list[Any]) -> str:
     """Devices in words, for the summary of a run.
 
     >>> import jax
-    >>> describe_devices(Topology.parse("cpu:2"), jax.devices("cpu")[:2])
+    >>> describe_devices(jax.devices("cpu")[:2])
     '2 simulated CPU devices'
     """
     first = devices[0]

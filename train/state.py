@@ -25,7 +25,7 @@ __all__ = ["TrainState", "abstract_state", "init_state", "state_shardings"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Master parameters, optimizer state and counters.
+    """Master parameters, optimizer state and counters: arrays, their shapes or their shardings.
 
     Attributes:
         step: int32, optimizer steps finished, skipped ones included.
@@ -37,13 +37,13 @@ class TrainState:
         bad_in_row: int32, skipped steps in a row, up to now.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    key: jax.Array
-    grad_norm_mean: jax.Array
-    skipped: jax.Array
-    bad_in_row: jax.Array
+    key: Any
+    grad_norm_mean: Any
+    skipped: Any
+    bad_in_row: Any
 
 
 def _build(

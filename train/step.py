@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshwright.models.config import Remat
 from meshwright.models.functional import Functional
 from meshwright.models.hooks import Hooks, scan_layers
 from meshwright.sharding.placement import Constrain
@@ -45,7 +46,16 @@ from meshwright.train.layout import Layout
 from meshwright.train.loss import token_loss_sum
 from meshwright.train.state import TrainState
 
-__all__ = ["Batch", "StepSpec", "batch_shardings", "eval_step", "gradients", "train_step"]
+__all__ = [
+    "Batch",
+    "StepSpec",
+    "batch_shardings",
+    "eval_step",
+    "gradients",
+    "sampling_hooks",
+    "sampling_params",
+    "train_step",
+]
 
 Batch = dict[str, jax.Array]
 """``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
@@ -211,6 +221,18 @@ def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedShar
     return {name: NamedSharding(spec.mesh, PartitionSpec(None, *axes)) for name in names}
 
 
+def sampling_params(spec: StepSpec, params: Any) -> Any:
+    """Masters as generation reads them: layers in their working layout, the rest ready for use."""
+    weights = _Weights(spec, ())
+    return weights.use_all_but_layers(weights.working(params))
+
+
+def sampling_hooks(spec: StepSpec) -> Hooks:
+    """Hooks for generation: as in training, but a batch of prompts stays whole."""
+    constrain = spec.constrain().without(spec.layout.rules.token_axes())
+    return Hooks(constrain=constrain, run_layers=_Weights(spec, ()).run_layers)
+
+
 def _loss_sums(
     spec: StepSpec, weights: _Weights, constrain: Constrain, working: Any, rows: Batch
 ) -> tuple[jax.Array, jax.Array]:
@@ -231,9 +253,7 @@ def _loss_sums(
     )
 
 
-def _acceptable(
-    guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array
-) -> jax.Array:
+def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array) -> jax.Array:
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if guard.spike_factor:
         good &= (mean == 0) | (norm <= guard.spike_factor * mean)
@@ -317,7 +337,7 @@ class _Weights:
         )
         return {**working, **used}
 
-    def run_layers(self, body: Callable, stacked: Any, x: jax.Array, remat: str) -> jax.Array:
+    def run_layers(self, body: Callable, stacked: Any, x: Any, remat: Remat) -> Any:
         """Scan the layers, using each layer's weights inside the rematerialised body."""
         compute = _map_specs(_drop_first, self.compute_specs[_LAYERS])
         reduced = _map_specs(_drop_first, self.reduced_specs[_LAYERS])

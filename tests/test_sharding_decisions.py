@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshwright.sharding.dims import Leaf, describe
 from meshwright.sharding.errors import PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.resolve import resolve
+from meshwright.sharding.decisions import resolve
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import SMALL_LEAF_BYTES, data, fold, fsdp, tensor
 

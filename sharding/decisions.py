@@ -19,7 +19,7 @@ import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -226,7 +226,8 @@ class _Decider:
     """Applies one table to leaves, deciding equal (shape, dims) pairs once."""
 
     def __init__(self, rules: Rules, mesh: MeshSpec, table: Table) -> None:
-        self.rules, self.mesh, self.table = rules, mesh, table
+        self.rules, self.mesh = rules, mesh
+        self.table: Table = table
         self._sizes = mesh.sizes
         self._shape_rule = rules.shape_rule(table)
         self._known: dict[Any, tuple[PartitionSpec, str, str, int]] = {}
@@ -257,7 +258,7 @@ class _Decider:
                 if axis in taken:
                     self._refuse_twice(leaf, axis, rules[taken[axis]], rule)
                 taken[axis] = index
-            entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+            entries.append(_as_entry(axes))
         splitting = [rule for rule in rules if rule and rule.axes]
         if splitting:
             text = ", ".join(str(rule) for rule in splitting)
@@ -287,8 +288,7 @@ class _Decider:
         if asked:
             by = " and ".join(dict.fromkeys(rule.source for rule in asked))
             return f"kept whole by {by}: {', '.join(str(rule) for rule in asked)}"
-        folded = " and ".join(f"{name}()" for name, _ in self.rules.strategies) or "no strategy"
-        return f"whole: none of its dims is split by {folded}"
+        return "no strategy splits its dims"
 
     def _check_divides(self, leaf: Leaf, index: int, rule: Rule | None, axes: Any) -> None:
         parts = math.prod(self._sizes[axis] for axis in axes)
@@ -309,7 +309,9 @@ class _Decider:
             f" of {parts}), or keep it whole: `{self.table}.{rule.dim}=none`",
         )
 
-    def _refuse_twice(self, leaf: Leaf, axis: str, first: Rule | None, second: Rule | None) -> None:
+    def _refuse_twice(
+        self, leaf: Leaf, axis: str, first: Rule | None, second: Rule | None
+    ) -> NoReturn:
         raise PlacementError(
             f"cannot split two dims of `{leaf.path}` over the same axis `{axis}`",
             where=f"shape {format_shape(leaf.shape)}, dims {format_dims(leaf.dims)}, rules "
@@ -350,11 +352,11 @@ class _Decider:
             self._refuse_shape(leaf, rule, parts)
         chosen = max(fitting, key=lambda index: leaf.shape[index])
         entries: list[Any] = [None] * len(leaf.shape)
-        entries[chosen] = rule.axes if len(rule.axes) > 1 else rule.axes[0]
+        entries[chosen] = _as_entry(rule.axes)
         text = f"dim {chosen} → {'+'.join(rule.axes)}"
         return self._found(entries, text, f"largest dim that divides, by {rule.source}")
 
-    def _refuse_shape(self, leaf: Leaf, rule: ShapeRule, parts: int) -> None:
+    def _refuse_shape(self, leaf: Leaf, rule: ShapeRule, parts: int) -> NoReturn:
         named = "+".join(rule.axes)
         largest = max(range(len(leaf.shape)), key=lambda index: leaf.shape[index])
         size = leaf.shape[largest]
@@ -377,6 +379,11 @@ class _Decider:
         axes = [axis for entry in trimmed if entry for axis in _as_tuple(entry)]
         parts = math.prod(self._sizes[axis] for axis in axes)
         return PartitionSpec(*trimmed), rule, reason, parts
+
+
+def _as_entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Axes as an entry of a PartitionSpec: one alone is written without a tuple."""
+    return axes if len(axes) > 1 else next(iter(axes), None)
 
 
 def _as_tuple(entry: str | tuple[str, ...]) -> tuple[str, ...]:

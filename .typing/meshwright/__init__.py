@@ -1,0 +1,1 @@
+../../sharding/_root/__init__.py

@@ -1,0 +1,1 @@
+../../sharding/_root/__main__.py

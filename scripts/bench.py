@@ -1,0 +1,51 @@
+"""`meshwright bench NAME`: run one of the benchmarks whose numbers the README quotes.
+
+``python scripts/bench.py NAME FLAGS`` is the same program. The benchmarks are functions of
+`meshwright.train.bench`, from a configuration to an exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from meshwright.scripts.flags import read
+from meshwright.sharding.errors import ConfigError, did_you_mean
+
+__all__ = ["BENCHMARKS", "main"]
+
+BENCHMARKS = {
+    "parity": "losses and gradients on every mesh against those of one device",
+    "overhead": "time of the step against the same mathematics written by hand",
+    "launch": "seconds from the command to the first finished step, cold and warm",
+    "lowering": "time to trace and lower the step against the number of layers",
+    "pauses": "time the loop waits for data, and for a checkpoint",
+}
+"""Each benchmark, a function of that name in `meshwright.train.bench`, and what it measures."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb on the words after it and return the exit code."""
+    name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        print(_help(), end="")
+        return 0
+    if name not in BENCHMARKS:
+        what = f"there is no benchmark `{name}`" if name else "there is no benchmark named"
+        raise ConfigError(what, fix=did_you_mean(name, BENCHMARKS))
+    config, _ = read(argv[1:], f"bench {name}", about=f"Measure {BENCHMARKS[name]}.")
+    from meshwright.train import bench  # brings jax
+
+    return getattr(bench, name)(config)
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {what}" for name, what in BENCHMARKS.items()]
+    listed = "\n".join(lines)
+    return f"usage: meshwright bench NAME [FLAGS of train]\n\n{listed}\n"
+
+
+if __name__ == "__main__":
+    from meshwright.scripts.main import main as run_verb
+
+    sys.exit(run_verb(["bench", *sys.argv[1:]]))

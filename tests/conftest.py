@@ -1,0 +1,46 @@
+"""Every test sees eight simulated CPU devices, strict promotion and a warm compilation cache.
+
+The device count must be set before jax starts its backend, so it is set here, at import, and no
+test sets it again. Compiled programs are kept in the user's cache folder between runs: most of a
+cold run is XLA compiling the same small programs. Commands that tests start as subprocesses find
+the same cache through the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jax
+import pytest
+
+DEVICES = 8
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright" / "tests"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)
+# A silent [D] + [B, D] broadcast is how a bias meant for one dim lands on another.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+for option, value in {
+    "jax_compilation_cache_dir": str(CACHE),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)
+
+# The first example of a property may compile a program, which no deadline allows for; and the
+# same examples every time, so that a red run is red again.
+hypothesis.settings.register_profile("meshwright", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("meshwright")
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[Any]:
+    """The eight simulated devices."""
+    found = jax.devices()
+    assert len(found) == DEVICES, f"the backend started before conftest: {found}"
+    return found

@@ -1,0 +1,298 @@
+"""The training loop: everything with a side effect, around a step that has none.
+
+The loop stays one step ahead of what it reads: step n+1 is dispatched before the scalars of step
+n are fetched, so the devices never wait for Python. It reads nothing but scalars from them.
+At an evaluation, a checkpoint or the end it first lets the step in flight finish, so what is
+measured, saved and reported always belongs to one and the same step.
+
+A run ends in one of four ways: all steps done; a stop signal, after the step in flight and a
+checkpoint; too many refused updates in a row, after a checkpoint of the last good parameters; or
+an error, which passes through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshwright.sharding.errors import NonFiniteError
+from meshwright.train.checkpoint import Checkpoints
+from meshwright.train.config import TrainConfig
+from meshwright.train.metrics import Metrics
+from meshwright.train.program import Program
+from meshwright.train.progress import Progress
+from meshwright.train.state import TrainState
+from meshwright.train.stopping import StopSignals
+
+__all__ = ["Loop", "Outcome"]
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        step: optimizer steps done in all.
+        loss: training loss of the last finished step; None if none was run.
+        eval_loss: last held-out loss; None if none was measured.
+        tokens_per_second: over the steps of this process after its first, evaluations and
+            checkpoints left out; None with fewer than two steps.
+        first_step_seconds: from the start of the process until its first step finished.
+        data_wait_seconds: time the loop waited for batches, after the first.
+        save_block_seconds: longest time a checkpoint held the loop up.
+        step_seconds: mean of the steps after the first.
+        exit_code: 0, or 143 or 130 after a signal.
+    """
+
+    step: int
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    first_step_seconds: float | None = None
+    data_wait_seconds: float = 0.0
+    save_block_seconds: float = 0.0
+    step_seconds: float | None = None
+    exit_code: int = 0
+
+
+@dataclass
+class _Stopwatch:
+    """Time spent in steps, with evaluations and checkpoints left out."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: float = 0.0
+    _since: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 before the first lap."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def start(self) -> None:
+        """Begin, or leave out the time since the last lap."""
+        self._since = time.perf_counter()
+
+    def lap(self, tokens: float) -> None:
+        """Count a finished step."""
+        now = time.perf_counter()
+        spent = now - (now if self._since is None else self._since)
+        self._since = now
+        self.seconds += spent
+        self.steps += 1
+        self.tokens += tokens
+
+
+@dataclass
+class Loop:
+    """One run's loop and everything it talks to.
+
+    Attributes:
+        config: the run.
+        program: compiled programs.
+        batches: training batches; iterator with ``state()``.
+        heldout: makes a fresh pass over the held-out batches.
+        checkpoints, metrics, progress, stop: where results go and what may end the run.
+        process_start: `time.perf_counter()` of the start of the process.
+        extra: written into each checkpoint beside the data position.
+        profile_folder: where traces of the chosen steps go.
+        peak_tokens_per_second: tokens/s at which the chips would be at their peak, where known.
+    """
+
+    config: TrainConfig
+    program: Program
+    batches: Any
+    heldout: Callable[[], Iterable[dict[str, np.ndarray]]]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    progress: Progress
+    stop: StopSignals
+    process_start: float
+    extra: dict[str, Any]
+    profile_folder: Path
+    peak_tokens_per_second: float | None = None
+    _watch: _Stopwatch = field(default_factory=_Stopwatch)
+    _log_watch: _Stopwatch = field(default_factory=_Stopwatch)
+    _in_flight: tuple[int, dict[str, jax.Array]] | None = None
+    _tokens_seen: float = 0.0
+    _record: dict[str, float] | None = None
+    _record_step: int = 0
+
+    def run(self, state: TrainState) -> tuple[TrainState, Outcome]:
+        """Train from the state's step to the last.
+
+        Raises:
+            NonFiniteError: too many refused updates in a row; the last good parameters were
+                saved.
+        """
+        outcome = Outcome(step=int(state.step))
+        profile = _Profile(self.config.profile_range, self.profile_folder)
+        self._tokens_seen = float(self.extra.get("tokens", 0.0))
+        saved_at = outcome.step if outcome.step else -1
+        for step in range(outcome.step, self.config.steps):
+            profile.before(step)
+            state = self._dispatch(step, state, outcome)
+            profile.after(step, state)
+            number = step + 1
+            last = number == self.config.steps or self.stop.requested
+            evaluate = _due(number, self.config.eval_every) or last
+            save = _due(number, self.config.checkpoint_every) or last
+            if number == 1 or outcome.first_step_seconds is None or evaluate or save:
+                self._settle(state, outcome)
+            if evaluate and self.config.eval_every and not self.stop.requested:
+                self._evaluate(state, outcome)
+            if save:
+                self._save(number, state, outcome)
+                saved_at = number
+            if last:
+                break
+        self._settle(state, outcome)
+        self._write_record()
+        if saved_at != outcome.step:
+            self._save(outcome.step, state, outcome)
+        self.checkpoints.wait()
+        outcome.exit_code = self.stop.exit_code
+        return state, outcome
+
+    def _dispatch(self, step: int, state: TrainState, outcome: Outcome) -> TrainState:
+        """Start a step, then read the scalars of the one before it."""
+        asked = time.perf_counter()
+        host = next(self.batches)
+        waited = time.perf_counter() - asked
+        if outcome.first_step_seconds is not None:
+            outcome.data_wait_seconds += waited
+        batch = self.program.place(host)
+        before, self._in_flight = self._in_flight, None
+        compiled = self.program.step
+        if outcome.first_step_seconds is None:
+            self._log_watch.start()
+        state, scalars = compiled(state, batch)
+        if before:
+            self._finish(*before, state, outcome)
+        self._in_flight = (step + 1, scalars)
+        return state
+
+    def _settle(self, state: TrainState, outcome: Outcome) -> None:
+        """Let the step in flight finish and book it."""
+        if self._in_flight:
+            before, self._in_flight = self._in_flight, None
+            self._finish(*before, state, outcome)
+
+    def _finish(
+        self, number: int, scalars: dict[str, jax.Array], state: TrainState, outcome: Outcome
+    ) -> None:
+        """Fetch a step's scalars, which waits for it, and book it."""
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        self._tokens_seen += values["tokens"]
+        if outcome.first_step_seconds is None:
+            # Its time is the launch's, not a step's: it waited for compilers and caches.
+            outcome.first_step_seconds = time.perf_counter() - self.process_start
+            self._watch.start()
+        else:
+            self._watch.lap(values["tokens"])
+        self._log_watch.lap(values["tokens"])
+        outcome.step, outcome.loss = number, values["loss"]
+        if self._watch.steps:
+            outcome.tokens_per_second = self._watch.tokens_per_second
+            outcome.step_seconds = self._watch.seconds / self._watch.steps
+        self._write_record()
+        self.progress.advance(number)
+        config = self.config
+        ends = number in (1, config.steps) or self.stop.requested
+        if ends or _due(number, config.log_every) or _due(number, config.eval_every):
+            self._make_record(number, values)
+        if values["bad_in_row"] >= config.guard.max_bad_steps:
+            self._give_up(number, values, state, outcome)
+
+    def _make_record(self, number: int, values: dict[str, float]) -> None:
+        """Keep a step's record until the next: an evaluation may still add to it."""
+        watch, self._log_watch = self._log_watch, _Stopwatch()
+        self._log_watch.start()
+        self._record = {
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "tokens": self._tokens_seen,
+            "tokens_per_second": watch.tokens_per_second,
+            "step_seconds": watch.seconds / watch.steps if watch.steps else 0.0,
+            "skipped": values["skipped"],
+        }
+        self._record_step = number
+        if self.peak_tokens_per_second:
+            speed = watch.tokens_per_second
+            self._record["flop_utilisation"] = speed / self.peak_tokens_per_second
+
+    def _write_record(self) -> None:
+        record, self._record = self._record, None
+        if record is not None:
+            self.metrics.write(self._record_step, record)
+            self.progress.show(self._record_step, record)
+
+    def _evaluate(self, state: TrainState, outcome: Outcome) -> None:
+        total = weight = 0.0
+        for batch in self.heldout():
+            loss, counted = self.program.eval(state.params, self.program.place(batch))
+            total, weight = total + float(loss), weight + float(counted)
+        outcome.eval_loss = total / max(weight, 1.0)
+        if self._record is not None:
+            self._record["eval_loss"] = outcome.eval_loss
+        self._restart_watches()
+
+    def _save(self, number: int, state: TrainState, outcome: Outcome) -> None:
+        began = time.perf_counter()
+        extra = {**self.extra, "data": self.batches.state(), "tokens": self._tokens_seen}
+        self.checkpoints.save(number, state, extra, outcome.eval_loss)
+        outcome.save_block_seconds = max(outcome.save_block_seconds, time.perf_counter() - began)
+        self._restart_watches()
+
+    def _restart_watches(self) -> None:
+        self._watch.start()
+        self._log_watch.start()
+
+    def _give_up(
+        self, number: int, values: dict[str, float], state: TrainState, outcome: Outcome
+    ) -> None:
+        self._write_record()
+        # A further step may be under way; it too was refused or is good, and is the newest.
+        self._save(int(state.step), state, outcome)
+        self.checkpoints.wait()
+        limit = self.config.guard.max_bad_steps
+        raise NonFiniteError(
+            f"stopped at step {number}: {limit} updates in a row were refused",
+            where=f"loss {values['loss']:.4g}, grad_norm {values['grad_norm']:.4g}, "
+            f"learning_rate {values['learning_rate']:.3g}",
+            why="loss or gradients were not finite, or the gradient norm spiked, each time; "
+            "the parameters are those before the first of them, and are saved",
+            fix="lower --optimizer.learning-rate, set --optimizer.clip-norm 1, or use "
+            "--dtype float32; --guard.max-bad-steps sets the patience",
+        )
+
+
+def _due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+@dataclass
+class _Profile:
+    """Starts and stops jax's profiler around the chosen steps."""
+
+    steps: range
+    folder: Path
+    _running: bool = False
+
+    def before(self, step: int) -> None:
+        if self.steps and step == self.steps.start:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+
+    def after(self, step: int, state: TrainState) -> None:
+        if self._running and step + 1 >= self.steps.stop:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,316 @@
+"""A training run from a config to an exit code: assemble, announce, train, report.
+
+The order is chosen for the first step to come soon. Everything that can refuse the run comes
+first and needs no compiler: devices, mesh, rules, batch, the folder. Then two things that take
+seconds go on side by side: a thread opens the data (and imports grain) while the step is traced
+and compiled; the initial state is built while the compiler works on the step.
+
+Everything for people goes to stderr. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from meshwright.models.config import count_parameters
+from meshwright.models.functional import functional
+from meshwright.sharding.errors import CheckpointError, MeshwrightError
+from meshwright.sharding.report import decisions_table, format_bytes
+from meshwright.sharding.topology import Topology
+from meshwright.train.checkpoint import Checkpoints
+from meshwright.train.config import TrainConfig
+from meshwright.train.configfile import dump
+from meshwright.train.explain import layout_of, totals_of
+from meshwright.train.flops import flops_per_token, peak_flops
+from meshwright.train.loop import Loop, Outcome
+from meshwright.train.metrics import Metrics
+from meshwright.train.parallelism import (
+    check_batch,
+    choose_dtype,
+    choose_mesh,
+    describe_devices,
+)
+from meshwright.train.program import Program, step_spec
+from meshwright.train.progress import Progress
+from meshwright.train.runfolder import RunFolder
+from meshwright.train.state import TrainState
+from meshwright.train.stopping import StopSignals
+
+__all__ = ["run_training"]
+
+
+_DATA_PATIENCE_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's parts, assembled."""
+
+    config: TrainConfig
+    program: Program
+    folder: RunFolder
+    checkpoints: Checkpoints
+    opening: Future[Any]
+    started: float
+
+
+@dataclass
+class _Start:
+    """Where a run begins: a fresh state or a restored one."""
+
+    state: TrainState
+    extra: dict[str, Any]
+    notes: list[str]
+
+
+def run_training(config: TrainConfig, *, process_start: float | None = None) -> int:
+    """Train as the config says.
+
+    Args:
+        config: the whole run.
+        process_start: `time.perf_counter()` when the process began, for the time to the first
+            step; now if None.
+
+    Returns:
+        The exit code: 0 done, 143 or 130 stopped by a signal after saving.
+
+    Raises:
+        MeshwrightError: anything the user can mend; carries its exit code.
+    """
+    started = time.perf_counter() if process_start is None else process_start
+    devices = Topology.parse(config.topology).devices()
+    on_cpu = devices[0].platform == "cpu"
+    _use_compilation_cache(config)
+    spec = choose_mesh(config, len(devices), simulated=on_cpu)
+    model = functional(config.model)
+    layout = layout_of(config, model, spec)
+    check_batch(config, layout.rules, spec)
+    dtype = choose_dtype(config, on_cpu=on_cpu)
+    folder = RunFolder.open(config.out, config.model.name, config.resume)
+    if config.resume:
+        folder.check_model(config.model)
+    program = Program.prepare(config, step_spec(config, model, layout, spec.build(devices), dtype))
+    checkpoints = Checkpoints(folder.checkpoints, config.keep_last, config.keep_best)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as background:
+            opening = background.submit(_open_data, config)
+            background.submit(checkpoints.prepare)
+            _raise_early(opening)
+            _announce(config, program, folder, describe_devices(devices))
+            program.start()
+            run = _Run(config, program, folder, checkpoints, opening, started)
+            return _train(run)
+    except MeshwrightError:
+        # A run that was refused leaves no folder behind; one with anything in it stays.
+        with suppress(OSError):
+            folder.path.rmdir()
+        raise
+
+
+def _train(run: _Run) -> int:
+    config, program, folder = run.config, run.program, run.folder
+    with StopSignals() as stop, closing(run.checkpoints) as checkpoints:
+        start = _begin(config, program, checkpoints)
+        corpus, batches, heldout = run.opening.result()
+        for line in (_describe_data(corpus), *start.notes):
+            _say(line)
+        first = int(start.state.step)
+        if config.resume:
+            batches.restore(start.extra["data"])
+        else:
+            folder.write_config(dump(config))
+        with (
+            batches,
+            Metrics(
+                folder.metrics,
+                tensorboard=folder.tensorboard if config.tensorboard else None,
+                resumed_step=first if config.resume else None,
+            ) as metrics,
+            Progress(config.steps, start=first) as progress,
+        ):
+            loop = Loop(
+                config=config,
+                program=program,
+                batches=batches,
+                heldout=heldout,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                progress=progress,
+                stop=stop,
+                process_start=run.started,
+                extra={**start.extra, "mesh": str(program.spec.layout.mesh)},
+                profile_folder=folder.profile,
+                peak_tokens_per_second=_peak_tokens(config),
+            )
+            state, outcome = loop.run(start.state)
+    if not outcome.exit_code:
+        _show_sample(config, program, corpus, state)
+    _report(config, program, folder, outcome)
+    return outcome.exit_code
+
+
+def _raise_early(opening: Future[Any]) -> None:
+    """Refuse unreadable data before the compiler is started, where that is known by now."""
+    done, _ = wait([opening], timeout=_DATA_PATIENCE_SECONDS)
+    if done:
+        opening.result()
+
+
+def _begin(config: TrainConfig, program: Program, checkpoints: Any) -> _Start:
+    if not config.resume:
+        return _Start(program.init(), {}, [])
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        program.shapes,
+        program.shardings,
+    )
+    restored = checkpoints.restore(shapes)
+    if "data" not in restored.extra:
+        raise CheckpointError(
+            "cannot resume: the checkpoint holds no data position",
+            why=f"step {restored.step} was not saved by a training run",
+            fix="resume from a run's own folder",
+        )
+    said = f"resumed at step {restored.step}, saved on mesh {restored.extra.get('mesh')}"
+    return _Start(restored.state, dict(restored.extra), [*restored.notes, said])
+
+
+def _open_data(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """Corpus, training batches and a function that makes a pass over the held-out ones."""
+    from meshwright.train.batches import Batches, heldout_batches
+    from meshwright.train.corpus import open_corpus
+
+    corpus = open_corpus(config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size)
+    batches = Batches(
+        corpus.train,
+        config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    batches.start()
+    return (
+        corpus,
+        batches,
+        lambda: heldout_batches(corpus.heldout, config.batch_size, config.eval_batches),
+    )
+
+
+def _use_compilation_cache(config: TrainConfig) -> None:
+    """Keep compiled programs between runs; a cache that is set up already is left alone."""
+    if config.compilation_cache == "off" or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = config.compilation_cache or str(Path(home) / "meshwright" / "programs")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _announce(config: TrainConfig, program: Program, folder: RunFolder, devices: str) -> None:
+    """Say what was decided and derived, before anything runs."""
+    from rich.console import Console
+
+    layout, dtype = program.spec.layout, program.spec.compute_dtype
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+    strategies = " + ".join(f"{name}({axis})" for name, axis in layout.rules.strategies)
+    tokens = config.batch_size * config.seq_len
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    totals = totals_of(layout, grad_accum=config.grad_accum, compute_itemsize=itemsize)
+    parameters = count_parameters(config.model)
+    lines = [
+        f"model      {config.model.name}, {parameters:,} parameters",
+        f"devices    {devices}",
+        f"mesh       {layout.mesh}: {strategies}",
+        f"step       {config.batch_size} rows × {config.seq_len} tokens = {tokens:,} tokens"
+        f" in {config.grad_accum} microbatch(es), {jax.numpy.dtype(dtype).name} compute",
+        f"optimizer  {config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
+        f"{config.optimizer.schedule}, {config.optimizer.warmup_for(config.steps)} warm-up steps",
+        f"a device   {format_bytes(totals.state_bytes)} of state: parameters "
+        f"{format_bytes(totals.parameters_bytes)}, gradients "
+        f"{format_bytes(totals.gradients_bytes)}, optimizer "
+        f"{format_bytes(totals.optimizer_bytes)}",
+        f"out        {folder.path}",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False)
+    tables = [("params", layout.working), ("optimizer", layout.masters)]
+    console.print(decisions_table("", tables))
+
+
+def _describe_data(corpus: Any) -> str:
+    facts = corpus.description
+    lines = [
+        f"data       {facts['source']}: {facts['documents']:,} documents, "
+        f"{format_bytes(facts['bytes'])}, tokenizer {facts['tokenizer']}",
+        f"           {facts['train_tokens']:,} tokens to train on, "
+        f"{facts['heldout_tokens']:,} held out ({facts['split']})",
+    ]
+    return "\n".join([*lines, *(f"           {note}" for note in facts["notes"])])
+
+
+def _peak_tokens(config: TrainConfig) -> float | None:
+    """Tokens/s at the devices' peak (full-attention convention), where the chip is known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    return peak * jax.device_count() / flops_per_token(config.model, config.seq_len)
+
+
+def _show_sample(config: TrainConfig, program: Program, corpus: Any, state: TrainState) -> None:
+    if not config.sample_tokens:
+        return
+    from meshwright.models.generate import generate
+
+    tokenizer = corpus.tokenizer
+    prompt = [int(token) for token in tokenizer.encode(config.sample_prompt)] or [0]
+    params, hooks = program.sampler(state.params)
+    out = generate(
+        program.spec.model,
+        params,
+        jax.numpy.asarray([prompt], jax.numpy.int32),
+        steps=config.sample_tokens,
+        key=state.key,
+        temperature=0.8,
+        top_k=40,
+        hooks=hooks,
+    )
+    text = tokenizer.decode([int(token) for token in out[0]])
+    _say("sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+
+
+def _report(config: TrainConfig, program: Program, folder: RunFolder, outcome: Outcome) -> None:
+    from meshwright.train.runfolder import saved_steps
+
+    steps = saved_steps(folder.checkpoints)
+    checkpoint = str(folder.checkpoints / str(steps[-1])) if steps else None
+    _say(f"checkpoint {checkpoint}")
+    document = {
+        "steps": outcome.step,
+        "loss": outcome.loss,
+        "eval_loss": outcome.eval_loss,
+        "tokens_per_second": outcome.tokens_per_second,
+        "first_step_seconds": outcome.first_step_seconds,
+        "compile_seconds": program.compile_seconds,
+        "checkpoint": checkpoint,
+        "mesh": program.spec.layout.mesh.sizes,
+        "parameters": count_parameters(config.model),
+        "step_seconds": outcome.step_seconds,
+        "data_wait_seconds": outcome.data_wait_seconds,
+        "save_block_seconds": outcome.save_block_seconds,
+    }
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
