@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from meshwright.models.config import ModelConfig as ModelConfig
     from meshwright.models.config import count_parameters as count_parameters
     from meshwright.models.decoder import Decoder as Decoder
-    from meshwright.models.functional import Functional as Functional
-    from meshwright.models.functional import functional as functional
-    from meshwright.models.generate import generate as generate
     from meshwright.models.hooks import Hooks as Hooks
+    from meshwright.models.pure import Functional as Functional
+    from meshwright.models.pure import functional as functional
+    from meshwright.models.sampling import generate as generate
     from meshwright.models.sizes import MODELS as MODELS
     from meshwright.models.sizes import named as named
 
@@ -33,13 +33,13 @@ __all__ = [
 
 _MODULE_OF = {
     "Decoder": "decoder",
-    "Functional": "functional",
+    "Functional": "pure",
     "Hooks": "hooks",
     "MODELS": "sizes",
     "ModelConfig": "config",
     "count_parameters": "config",
-    "functional": "functional",
-    "generate": "generate",
+    "functional": "pure",
+    "generate": "sampling",
     "named": "sizes",
 }
 

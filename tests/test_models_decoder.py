@@ -14,8 +14,8 @@ from flax import nnx
 
 from meshwright.models.config import MODELS, ModelConfig, count_parameters, named
 from meshwright.models.decoder import Decoder
-from meshwright.models.functional import functional
 from meshwright.models.hooks import Hooks
+from meshwright.models.pure import functional
 from meshwright.sharding.errors import ConfigError
 
 SIZES = {"layers": 2, "embed": 32, "heads": 4, "head_dim": 8, "mlp": 48, "vocab_size": 64}

@@ -13,8 +13,8 @@ import pytest
 from jax.extend import core
 
 from meshwright.models.config import Remat, named
-from meshwright.models.functional import functional
 from meshwright.models.hooks import Hooks, LayerBody, rematerialise, scan_layers
+from meshwright.models.pure import functional
 
 SMALL = dataclasses.replace(
     named("tiny"), layers=3, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from meshwright.models.config import ModelConfig, named
-from meshwright.models.functional import functional
 from meshwright.models.hooks import Hooks
 from meshwright.models.layers import Init, Mlp, Norm, residual_std
+from meshwright.models.pure import functional
 
 TINY = dataclasses.replace(named("tiny"), layers=2, embed=32, mlp=64, heads=4, kv_heads=2)
 GPT2 = dataclasses.replace(

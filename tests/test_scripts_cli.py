@@ -330,11 +330,11 @@ def test_interrupt_before_training(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     ("verb", "words"),
     [("train", "--stesp 3"), ("explain", "--stesp 3"), ("tokenize", "--stesp 3"), ("bench", "x")],
 )
-def test_each_verb_is_a_script(run: Run, tmp_path: Path, verb: str, words: str) -> None:
+def test_each_verb_is_a_script(run: Run, verb: str, words: str) -> None:
     """The same program under both names, and neither loads jax to refuse a flag."""
     path = SCRIPTS / f"{VERBS[verb][0]}.py"
     words_here = [sys.executable, "-X", "importtime", str(path), *words.split()]
-    done = subprocess.run(words_here, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(words_here, capture_output=True, text=True, check=False)
     lines = done.stderr.splitlines(keepends=True)
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
     said = "".join(line for line in lines if not line.startswith("import time"))
@@ -343,13 +343,13 @@ def test_each_verb_is_a_script(run: Run, tmp_path: Path, verb: str, words: str) 
     assert not imported & {"jax", "flax", "numpy", "rich", "optax"}
 
 
-def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = [sys.executable, "-m", "meshwright.scripts.main", "train", "--help"]
     reading, writing = os.pipe()
     os.close(reading)
     try:
         done = subprocess.run(
-            command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+            command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
         )
     finally:
         os.close(writing)

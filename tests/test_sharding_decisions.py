@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from meshwright.sharding.decisions import resolve
 from meshwright.sharding.dims import Leaf, describe
 from meshwright.sharding.errors import PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.decisions import resolve
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import SMALL_LEAF_BYTES, data, fold, fsdp, tensor
 

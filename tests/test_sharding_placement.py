@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from meshwright.sharding.decisions import resolve
 from meshwright.sharding.dims import describe
 from meshwright.sharding.errors import PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import Constrain, init_sharded, shardings_of
-from meshwright.sharding.decisions import resolve
 from meshwright.sharding.strategies import data, fold, fsdp, tensor
 
 DIMS = {"w": ("embed", "mlp"), "e": ("vocab", "embed")}

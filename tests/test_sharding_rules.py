@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
+from meshwright.sharding.decisions import check_mesh, resolve
 from meshwright.sharding.dims import Leaf
 from meshwright.sharding.errors import PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.decisions import check_mesh, resolve
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
 

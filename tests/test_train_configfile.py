@@ -25,7 +25,23 @@ from meshwright.train.config import (
 from meshwright.train.configfile import apply, build, dump, load, merge, near_fields, tree
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
-    ["no", "null", "~", "1e-3", "010", "10:13", "2024-01-01", "<<", "=", "- a", "a: b", "#", " x "]
+    [
+        "no",
+        "null",
+        "~",
+        "1e-3",
+        "010",
+        "10:13",
+        "2024-01-01",
+        "<<",
+        "=",
+        "- a",
+        "\x85",
+        "a\u2028b\n",
+        "a: b",
+        "#",
+        " x ",
+    ]
 )
 numbers = st.floats(0, allow_nan=False, allow_infinity=False)
 

@@ -33,12 +33,14 @@ import logging
 import math
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from meshwright.sharding.errors import CheckpointError, MeshwrightError, RunError
 from meshwright.train.runfolder import is_full_disk, refuse, saved_steps
@@ -80,6 +82,7 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._keep = _LastAndBest(keep_last, keep_best, {})
         self._manager: Any = None
+        self._opening = threading.Lock()
         self._unusable: list[int] = []
         self._writable = False
         self._needed = 0
@@ -219,11 +222,12 @@ class Checkpoints:
             )
 
     def _open(self) -> Any:
-        if self._manager is None:
-            ocp = _orbax()
-            options = ocp.CheckpointManagerOptions(create=False, preservation_policy=self._keep)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-        return self._manager
+        with self._opening:
+            if self._manager is None:
+                ocp = _orbax()
+                options = ocp.CheckpointManagerOptions(create=False, preservation_policy=self._keep)
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
+            return self._manager
 
     def _open_for_writing(self) -> Any:
         """The manager, once the folder exists, leftovers are gone and unusable ones set aside."""
@@ -355,7 +359,7 @@ def _key_kinds(state: Any) -> dict[str, str]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _numbers_of(key: Any) -> Any:

@@ -84,10 +84,16 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or YAML 1.2 would read as something else."""
 
+    def represent_text(self, text: str) -> yaml.Node:
+        # Unless it is escaped, PyYAML reads a line separator such as U+0085 back as a blank.
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
 
 for _kind, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, _first)
+_Dumper.add_representer(str, _Dumper.represent_text)
 # PyYAML reads 010 as eight; int does not.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))

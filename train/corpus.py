@@ -23,6 +23,7 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
 import shutil
 import struct
 import tempfile
@@ -269,13 +270,13 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _write_tokens_file(path: Path, source: Source, tokenizer: Tokenizer, fraction: float) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             _write_tokens(file, source, tokenizer, fraction, aside_in=path.parent)
-        os.replace(name, path)
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass

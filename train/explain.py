@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.models.config import count_parameters
-from meshwright.models.functional import Functional, functional
+from meshwright.models.pure import Functional, functional
 from meshwright.sharding.decisions import Decisions
 from meshwright.sharding.errors import PlacementError, RunError
 from meshwright.sharding.mesh import MeshSpec

@@ -48,7 +48,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from meshwright.train.config import OptimizerConfig
 
@@ -191,7 +191,7 @@ def _muon(cfg: OptimizerConfig, rate: _Schedule, decayed: Any, dims: Any) -> Any
 
 def _orthogonal_momentum(momentum: float, numbers: Any) -> optax.GradientTransformation:
     """`optax.contrib.scale_by_muon` with its constant coefficients kept out of the state."""
-    inner = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=numbers)
+    inner: Any = scale_by_muon(beta=momentum, weight_dimension_numbers=numbers)
 
     def init(params: Any) -> Any:
         return inner.init(params)._replace(ns_coeffs=())

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from meshwright.models.functional import Functional
 from meshwright.models.hooks import Hooks
+from meshwright.models.pure import Functional
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout
 from meshwright.train.optimizer import learning_rate_schedule, make_optimizer

@@ -127,4 +127,5 @@ def _live_line(stream: TextIO) -> Any:
 
     # Text first and the bar in what is left: a narrow terminal cuts the bar, not the loss.
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=None)
-    return RichProgress(*columns, console=Console(file=stream), auto_refresh=True)
+    # stdout stays what it is: a program may read it, and the live line is on stderr.
+    return RichProgress(*columns, console=Console(file=stream), redirect_stdout=False)

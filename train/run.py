@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from meshwright.models.config import count_parameters
-from meshwright.models.functional import functional
+from meshwright.models.pure import functional
 from meshwright.sharding.errors import CheckpointError, MeshwrightError
 from meshwright.sharding.report import decisions_table, format_bytes
 from meshwright.sharding.topology import Topology
@@ -73,13 +73,11 @@ class _Start:
     notes: list[str]
 
 
-def run_training(config: TrainConfig, *, process_start: float | None = None) -> int:
+def run_training(config: TrainConfig) -> int:
     """Train as the config says.
 
     Args:
         config: the whole run.
-        process_start: `time.perf_counter()` when the process began, for the time to the first
-            step; now if None.
 
     Returns:
         The exit code: 0 done, 143 or 130 stopped by a signal after saving.
@@ -87,7 +85,7 @@ def run_training(config: TrainConfig, *, process_start: float | None = None) -> 
     Raises:
         MeshwrightError: anything the user can mend; carries its exit code.
     """
-    started = time.perf_counter() if process_start is None else process_start
+    started = _process_start()
     devices = Topology.parse(config.topology).devices()
     on_cpu = devices[0].platform == "cpu"
     _use_compilation_cache(config)
@@ -199,11 +197,17 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, Any]:
         process_count=jax.process_count(),
     )
     batches.start()
-    return (
-        corpus,
-        batches,
-        lambda: heldout_batches(corpus.heldout, config.batch_size, config.eval_batches),
-    )
+
+    def heldout() -> Any:
+        return heldout_batches(
+            corpus.heldout,
+            config.batch_size,
+            config.eval_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    return corpus, batches, heldout
 
 
 def _use_compilation_cache(config: TrainConfig) -> None:
@@ -268,7 +272,7 @@ def _peak_tokens(config: TrainConfig) -> float | None:
 def _show_sample(config: TrainConfig, program: Program, corpus: Any, state: TrainState) -> None:
     if not config.sample_tokens:
         return
-    from meshwright.models.generate import generate
+    from meshwright.models.sampling import generate
 
     tokenizer = corpus.tokenizer
     prompt = [int(token) for token in tokenizer.encode(config.sample_prompt)] or [0]
@@ -309,6 +313,17 @@ def _report(config: TrainConfig, program: Program, folder: RunFolder, outcome: O
     }
     sys.stdout.write(json.dumps(document) + "\n")
     sys.stdout.flush()
+
+
+def _process_start() -> float:
+    """When this process began, on the clock of `time.perf_counter`; now where that is unknown."""
+    now = time.perf_counter()
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): starttime, since boot
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return now
 
 
 def _say(text: str) -> None:

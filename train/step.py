@@ -38,8 +38,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import Remat
-from meshwright.models.functional import Functional
 from meshwright.models.hooks import Hooks, scan_layers
+from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
 from meshwright.train.config import GuardConfig, LossConfig
 from meshwright.train.layout import Layout

@@ -18,11 +18,12 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 __all__ = ["StopSignals"]
 
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
+_STDERR = 2
 _SHOW_CURSOR = "\x1b[?25h"
 
 
@@ -86,16 +87,17 @@ class StopSignals:
                     continue
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
-                    _say("stopped at once, without saving")
-                    # Not sys.exit: that waits for the main thread, which may never return.
-                    os._exit(128 + signal.SIGINT)
+                    _stop_at_once()
                 name = signal.Signals(number).name
                 again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-                _say(f"{name}: finishing this step, then saving{again}")
+                # Through sys.stderr, where a live progress line makes room for it.
+                said = f"\n{name}: finishing this step, then saving{again}"
+                print(said, file=sys.stderr, flush=True)
 
 
-def _say(text: str) -> None:
-    # A live progress line hides the cursor, and os._exit would leave it hidden.
-    shown = _SHOW_CURSOR if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{shown}\n{text}\n")
-    sys.stderr.flush()
+def _stop_at_once() -> NoReturn:
+    # Past sys.stderr, whose locks may be held. A live line hides the cursor; it is shown again.
+    cursor = _SHOW_CURSOR if os.isatty(_STDERR) else ""
+    os.write(_STDERR, f"{cursor}\nstopped at once, without saving\n".encode())
+    # Not sys.exit: that waits for the main thread, which may never return.
+    os._exit(128 + signal.SIGINT)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import final
@@ -272,16 +272,15 @@ def _refuse_existing(target: Path) -> None:
 
 def _write_atomically(target: Path, data: bytes) -> None:
     """A reader, or a run after a kill, sees the whole file or none."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            temporary.write_bytes(data)
             _refuse_existing(target)  # training takes a while; somebody may have been quicker
-            os.replace(name, target)
+            os.replace(temporary, target)
         finally:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             "cannot write the tokenizer",

@@ -20,8 +20,8 @@ import numpy as np
 from jax import Array
 
 from meshwright.models.attention import Cache
-from meshwright.models.functional import Functional
 from meshwright.models.hooks import Hooks
+from meshwright.models.pure import Functional
 from meshwright.sharding.errors import ConfigError
 
 __all__ = ["generate", "sample"]
@@ -58,7 +58,7 @@ def generate(
             without a key.
 
     >>> from meshwright.models.config import named
-    >>> from meshwright.models.functional import functional
+    >>> from meshwright.models.pure import functional
     >>> model = functional(named("tiny"))
     >>> params = model.init(jax.random.key(0))
     >>> generate(model, params, jnp.ones((1, 3), jnp.int32), steps=5).shape

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import ModelConfig, named
-from meshwright.models.functional import functional
-from meshwright.models.generate import generate, sample
+from meshwright.models.pure import functional
+from meshwright.models.sampling import generate, sample
 from meshwright.sharding.errors import ConfigError
 
 SIZES = {"layers": 2, "embed": 32, "heads": 4, "head_dim": 8, "mlp": 48, "vocab_size": 64}

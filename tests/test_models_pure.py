@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import named
-from meshwright.models.functional import Functional, functional
+from meshwright.models.pure import Functional, functional
 
 SMALL = dataclasses.replace(named("tiny"), layers=2, embed=32, mlp=64, tied=False, bias=True)
 TOKENS: Any = np.random.default_rng(9).integers(0, 256, (4, 16), np.int32)

@@ -1,0 +1,173 @@
+"""The same numbers on every mesh: run one training on many meshes and compare with one device.
+
+A case is a mesh, a number of microbatches, a ZeRO stage and a way to accumulate. Every case starts
+from the same seed and reads the same batches. Compared are the initial parameters (bitwise), the
+first step's gradients (largest difference over the leaf's largest entry) and the loss of every
+step (relative). The tests hold these on a small model, the benchmark prints them for ``tiny``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from meshwright.models.pure import functional
+from meshwright.sharding.topology import Topology
+from meshwright.train.config import TrainConfig, Zero
+from meshwright.train.explain import layout_of
+from meshwright.train.parallelism import choose_dtype, choose_mesh
+from meshwright.train.program import Program, step_spec
+from meshwright.train.step import gradients
+
+__all__ = ["Case", "Difference", "Result", "all_cases", "compare", "meshes", "run_case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run a training.
+
+    Attributes:
+        mesh: written form; its product is the number of devices used.
+        grad_accum: microbatches.
+        zero: ZeRO stage.
+        accumulate: ``whole`` or ``sharded``.
+    """
+
+    mesh: str
+    grad_accum: int = 1
+    zero: Zero = 0
+    accumulate: Any = "whole"
+
+    def __str__(self) -> str:
+        parts = [self.mesh]
+        parts += [f"accum={self.grad_accum}"] if self.grad_accum > 1 else []
+        parts += [f"zero={self.zero}"] if self.zero else []
+        parts += [self.accumulate] if self.accumulate != "whole" else []
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Numbers of one case, on the host.
+
+    Attributes:
+        initial: parameters before the first step.
+        gradients: of the first step, before clipping.
+        losses: of every step.
+    """
+
+    initial: Any
+    gradients: Any
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a case is from another.
+
+    Attributes:
+        initial_equal: whether the initial parameters are bitwise the same.
+        gradient: largest |difference| over the leaf's largest |entry|, over all leaves.
+        loss: largest relative difference of a step's loss.
+    """
+
+    initial_equal: bool
+    gradient: float
+    loss: float
+
+
+def meshes(devices: int) -> list[str]:
+    """Every mesh of so many devices over data, fsdp and tensor; axes of one are left out.
+
+    >>> meshes(2)
+    ['tensor=2', 'fsdp=2', 'data=2']
+    """
+    found = []
+    for data, fsdp in ((d, f) for d in _divisors(devices) for f in _divisors(devices // d)):
+        sizes = {"data": data, "fsdp": fsdp, "tensor": devices // data // fsdp}
+        text = ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        found.append(text or "data=1")
+    return found
+
+
+def all_cases(device_counts: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Case]:
+    """Every mesh, with and without accumulation, and each ZeRO stage where there is a data axis."""
+    for count in device_counts:
+        for mesh in meshes(count):
+            for grad_accum in (1, 2):
+                yield Case(mesh, grad_accum)
+                if grad_accum > 1 and "fsdp" in mesh:
+                    yield Case(mesh, grad_accum, accumulate="sharded")
+                if "data" in mesh and count > 1:
+                    yield Case(mesh, grad_accum, 1)
+                    yield Case(mesh, grad_accum, 2)
+
+
+def run_case(config: TrainConfig, case: Case, batches: Sequence[dict[str, np.ndarray]]) -> Result:
+    """Train on one mesh, one step a batch.
+
+    Args:
+        config: the run; the case's fields replace its own.
+        case: mesh and the rest.
+        batches: host batches, one a step.
+    """
+    config = replace(
+        config,
+        mesh=case.mesh,
+        grad_accum=case.grad_accum,
+        zero=case.zero,
+        accumulate=case.accumulate,
+    )
+    program = program_of(config)
+    state = program.init()
+    initial = jax.device_get(state.params)
+    placed = [program.place(batch) for batch in batches]
+    first = jax.jit(functools.partial(_gradients, program.spec))(state.params, placed[0])
+    found = jax.device_get(first)
+    losses = []
+    for batch in placed:
+        state, scalars = program.step(state, batch)
+        losses.append(float(scalars["loss"]))
+    return Result(initial, found, losses)
+
+
+def program_of(config: TrainConfig) -> Program:
+    """The program of a config on the first devices of this machine that its mesh needs."""
+    devices = Topology("local").devices()
+    spec = choose_mesh(config, _count(config.mesh), simulated=True)
+    model = functional(config.model)
+    layout = layout_of(config, model, spec)
+    dtype = choose_dtype(config, on_cpu=devices[0].platform == "cpu")
+    mesh = spec.build(devices[: spec.device_count])
+    return Program.prepare(config, step_spec(config, model, layout, mesh, dtype))
+
+
+def compare(one: Result, other: Result) -> Difference:
+    """How far ``other`` is from ``one``."""
+    leaves = list(
+        zip(jax.tree.leaves(one.gradients), jax.tree.leaves(other.gradients), strict=True)
+    )
+    equal = jax.tree.map(np.array_equal, one.initial, other.initial)
+    return Difference(
+        initial_equal=all(jax.tree.leaves(equal)),
+        gradient=max(float(np.max(np.abs(a - b)) / np.max(np.abs(a))) for a, b in leaves),
+        loss=max(abs(a - b) / abs(a) for a, b in zip(one.losses, other.losses, strict=True)),
+    )
+
+
+def _gradients(spec: Any, params: Any, batch: Any) -> Any:
+    return gradients(spec, spec.constrain(), params, batch)[0]
+
+
+def _count(mesh: str) -> int:
+    sizes = [int(part.partition("=")[2]) for part in mesh.split(",")]
+    return int(np.prod(sizes))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
