@@ -103,7 +103,8 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.config.norm == "layer":
             y -= jnp.mean(y, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        # y * y, not square: its derivative would keep 2 y besides y for the backward pass.
+        variance = jnp.mean(y * y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(variance + self.config.norm_eps)
         y *= _trailing(self.scale[...].astype(jnp.float32), y)
         if self.bias is not None:

@@ -15,7 +15,20 @@ from collections.abc import Callable
 from meshwright.models.config import ModelConfig
 from meshwright.sharding.errors import ConfigError, did_you_mean
 
-__all__ = ["MODELS", "named"]
+__all__ = [
+    "MODELS",
+    "gpt2_1_5b",
+    "gpt2_124m",
+    "llama3_8b",
+    "llama3_70b",
+    "llama3_405b",
+    "llama_1b",
+    "llama_3b",
+    "named",
+    "qwen3_0_6b",
+    "qwen3_8b",
+    "tiny",
+]
 
 
 def tiny() -> ModelConfig:

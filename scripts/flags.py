@@ -2,7 +2,8 @@
 
 ``--config FILE`` and ``--model NAME`` are taken out first, because they set the defaults of all
 the others; then tyro reads the rest on top of them. So a flag wins over the file, and the file
-over the default. One form sets the fields of a model: ``--model llama-1b --model.layers 4``.
+over the default; when a run is resumed, its own saved file stands in for ``--config``. One form
+sets the fields of a model: ``--model llama-1b --model.layers 4``.
 
 tyro draws flags and help from the types and docstrings of the configuration, but it does not
 build it: it would print an error of ours inside a box with its lines run together, and refuse a
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from meshwright.models.config import MODELS, ModelConfig, named
@@ -91,7 +93,8 @@ def read(
     wants_help = any(word in _HELP for word in argv)
     try:
         given, rest = _take(argv, options)
-        values = _defaults(given.pop("--config", None), given.pop("--model", None))
+        file = given.pop("--config", None) or _config_of_resumed(rest)
+        values = _defaults(file, given.pop("--model", None))
     except MeshwrightError:
         if not wants_help:
             raise
@@ -121,6 +124,20 @@ def _take(argv: Sequence[str], options: Sequence[Option]) -> tuple[dict[str, str
             value = words.pop()
         given[flag] = value
     return given, rest
+
+
+def _config_of_resumed(words: Sequence[str]) -> str | None:
+    """The configuration saved in the run to resume: it goes on as it began, but for the flags."""
+    if "--resume" not in words:
+        return None
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    spaced = [following for word, following in pairs if word == "--out"]
+    joined = [word.partition("=")[2] for word in words if word.startswith("--out=")]
+    for folder in (*spaced, *joined):
+        saved = Path(folder) / "config.yaml"
+        if folder and saved.is_file():
+            return str(saved)
+    return None
 
 
 def _defaults(file: str | None, model: str | None) -> dict[str, Any]:

@@ -49,6 +49,7 @@ __all__ = ["Checkpoints", "Restored"]
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 _SET_ASIDE = "unusable-"
+_REPLICA_SLICE_BYTES = 16 * 2**20
 _SHOWN = 4
 
 
@@ -131,7 +132,7 @@ class Checkpoints:
         self._keep.losses[step] = loss
         self._needed = sum(int(leaf.nbytes) for leaf in jax.tree.leaves(state))
         args = _orbax().args
-        items = args.Composite(state=args.StandardSave(_nested(state)), about=args.JsonSave(about))
+        items = args.Composite(state=args.PyTreeSave(_nested(state)), about=args.JsonSave(about))
         try:
             manager.save(step, args=items, force=True)
         except Exception as error:
@@ -188,8 +189,10 @@ class Checkpoints:
         try:
             about = self._about(step)
             self._check_same_model(step, about["leaves"], _described(abstract))
-            args = _orbax().args
-            items = args.Composite(state=args.StandardRestore(_nested(abstract)))
+            ocp, nested = _orbax(), _nested(abstract)
+            into = ocp.checkpoint_utils.construct_restore_args(nested)
+            restore = ocp.args.PyTreeRestore(nested, restore_args=into)
+            items = ocp.args.Composite(state=restore)
             arrays = self._open().restore(step, args=items).state
             state = _unnested(arrays, abstract, about["keys"])
         except MeshwrightError:
@@ -226,7 +229,14 @@ class Checkpoints:
             if self._manager is None:
                 ocp = _orbax()
                 options = ocp.CheckpointManagerOptions(create=False, preservation_policy=self._keep)
-                self._manager = ocp.CheckpointManager(self._folder, options=options)
+                self._manager = ocp.CheckpointManager(
+                    self._folder,
+                    options=options,
+                    item_handlers={
+                        "state": _state_handler(ocp),
+                        "about": ocp.JsonCheckpointHandler(),
+                    },
+                )
             return self._manager
 
     def _open_for_writing(self) -> Any:
@@ -288,6 +298,20 @@ class _LastAndBest:
 
 
 @functools.cache
+def _state_handler(ocp: Any) -> Any:
+    """A handler of pytrees of arrays that does not cut small replicated ones.
+
+    By default Orbax has each replica write a part of every replicated array, cut on the device:
+    a program to compile for each shape. For small arrays that costs far more than it saves, and
+    it is the training loop that waits.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_REPLICA_SLICE_BYTES
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def _orbax() -> Any:
     """Orbax, imported once, and from then on silent: a failure is told by the error it raises.
 

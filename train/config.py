@@ -221,11 +221,11 @@ class TrainConfig:
     rules: tuple[str, ...] = ()
     """A rule put before those of the strategies, such as params.mlp=tensor, or
     activations.length=none; axes are joined by +. Repeat the flag for more."""
-    steps: int = 120
+    steps: int = 150
     """Optimizer steps."""
     batch_size: int = 32
     """Rows an optimizer step, over all devices."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens a row."""
     grad_accum: int = 1
     """Microbatches an optimizer step."""
@@ -247,11 +247,11 @@ class TrainConfig:
     """When an update is skipped, and when the run gives up."""
     log_every: int = 10
     """Steps between lines of metrics."""
-    eval_every: int = 40
+    eval_every: int = 50
     """Steps between evaluations on held-out text; 0: never."""
-    eval_batches: int = 8
+    eval_batches: int = 4
     """Batches an evaluation reads."""
-    checkpoint_every: int = 60
+    checkpoint_every: int = 50
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 3
     """Newest checkpoints kept."""
@@ -261,7 +261,7 @@ class TrainConfig:
     """Steps to profile, first:stop without the stop: 10:13 profiles 10, 11 and 12."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
-    sample_tokens: int = 96
+    sample_tokens: int = 200
     """Tokens of generated text shown at the end; 0: none."""
     sample_prompt: str = "def "
     """What the generated text starts from."""

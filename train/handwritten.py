@@ -9,6 +9,7 @@ documents, refused updates or other models; that is what it saves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,52 +57,65 @@ def handwritten_step(
         (params, opt_state, tokens, targets) → (params, opt_state, loss), to be jitted.
     """
 
-    def put(x: jax.Array, spec: P) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + config.norm_eps)
-        return (wide * scale[None, None].astype(jnp.float32)).astype(x.dtype)
-
-    def rope(x: jax.Array) -> jax.Array:
-        half = config.head_dim // 2
-        rates = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * rates[None]
-        cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-        a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
-        w = jax.tree.map(lambda leaf, spec: put(leaf.astype(dtype), spec), weights, _GATHERED)
-        h = norm(x, w["attn_norm"]["scale"])
-        q, k, v = (jnp.einsum("btd,dnh->btnh", h, w["attn"][name]) for name in ("wq", "wk", "wv"))
-        mixed = jax.nn.dot_product_attention(rope(q), rope(k), v, is_causal=True)
-        x = put(x + jnp.einsum("btnh,nhd->btd", mixed, w["attn"]["wo"]), P(_ROWS))
-        h = norm(x, w["mlp_norm"]["scale"])
-        hidden = jax.nn.silu(h @ w["mlp"]["w_gate"]) * (h @ w["mlp"]["w_up"])
-        return put(x + hidden @ w["mlp"]["w_down"], P(_ROWS)), None
-
-    def loss(params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-        table = put(params["embedding"].astype(dtype), P("tensor"))
-        x = put(jnp.take(table, tokens, axis=0, mode="clip"), P(_ROWS))
-        again = jax.checkpoint(layer, policy=_keep_activations, prevent_cse=False)
-        x, _ = jax.lax.scan(again, x, params["layers"])
-        x = norm(x, params["final_norm"]["scale"].astype(dtype))
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
-        logits = put(logits, P(_ROWS, None, "tensor"))
-        hit = jnp.arange(config.vocab_size)[None, None] == targets[..., None]
-        label = jnp.sum(jnp.where(hit, logits, 0.0), -1)
-        return jnp.mean(jax.nn.logsumexp(logits, -1) - label)
-
     def step(params: Any, opt_state: Any, tokens: jax.Array, targets: jax.Array) -> Any:
+        loss = functools.partial(_loss, config, mesh, dtype)
         value, grads = jax.value_and_grad(loss)(params, tokens, targets)
-        scale = clip_norm / jnp.maximum(optax.global_norm(grads), clip_norm)
+        scale = clip_norm / jnp.maximum(optax.tree.norm(grads), clip_norm)
         grads = jax.tree.map(lambda grad: grad * scale, grads)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     return step
+
+
+def _loss(
+    config: ModelConfig, mesh: Mesh, dtype: Any, params: Any, tokens: jax.Array, targets: jax.Array
+) -> jax.Array:
+    table = _put(mesh, params["embedding"].astype(dtype), P("tensor"))
+    x = _put(mesh, jnp.take(table, tokens, axis=0, mode="clip"), P(_ROWS))
+    layer = functools.partial(_layer, config, mesh, dtype)
+    again = jax.checkpoint(layer, policy=_keep_activations, prevent_cse=False)
+    x, _ = jax.lax.scan(again, x, params["layers"])
+    x = _norm(x, params["final_norm"]["scale"].astype(dtype), config.norm_eps)
+    logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+    logits = _put(mesh, logits, P(_ROWS, None, "tensor"))
+    hit = jnp.arange(config.vocab_size)[None, None] == targets[..., None]
+    label = jnp.sum(jnp.where(hit, logits, 0.0), -1)
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - label)
+
+
+def _layer(
+    config: ModelConfig, mesh: Mesh, dtype: Any, x: jax.Array, weights: Any
+) -> tuple[jax.Array, None]:
+    w = jax.tree.map(lambda leaf, spec: _put(mesh, leaf.astype(dtype), spec), weights, _GATHERED)
+    h = _norm(x, w["attn_norm"]["scale"], config.norm_eps)
+    q, k, v = (jnp.einsum("btd,dnh->btnh", h, w["attn"][name]) for name in ("wq", "wk", "wv"))
+    mixed = jax.nn.dot_product_attention(
+        _rope(q, config.rope_theta), _rope(k, config.rope_theta), v, is_causal=True
+    )
+    x = _put(mesh, x + jnp.einsum("btnh,nhd->btd", mixed, w["attn"]["wo"]), P(_ROWS))
+    h = _norm(x, w["mlp_norm"]["scale"], config.norm_eps)
+    hidden = jax.nn.silu(h @ w["mlp"]["w_gate"]) * (h @ w["mlp"]["w_up"])
+    return _put(mesh, x + hidden @ w["mlp"]["w_down"], P(_ROWS)), None
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * scale[None, None].astype(jnp.float32)).astype(x.dtype)
+
+
+def _rope(x: jax.Array, theta: float) -> jax.Array:
+    half = x.shape[-1] // 2
+    rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * rates[None]
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def _put(mesh: Mesh, x: jax.Array, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _keep_activations(primitive: Any, *_: Any, **__: Any) -> bool:

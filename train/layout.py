@@ -47,8 +47,6 @@ class Layout:
         reduced: decisions of the ``gradients`` table.
         masters: decisions of the ``optimizer`` table for the parameters themselves.
         moments: decisions of the ``optimizer`` table for the optimizer's state.
-        deferred_axes: token axes over which gradients stay unreduced until the end of a
-            step with several microbatches: those that no gradient accumulator is split over.
     """
 
     mesh: MeshSpec
@@ -60,10 +58,15 @@ class Layout:
 
     @property
     def deferred_axes(self) -> tuple[str, ...]:
+        """Axes gradients stay unreduced over until the end of a step with several microbatches.
+
+        Those that split the rows of a batch and no gradient accumulator.
+        """
         accumulated = {
             axis for decision in self.reduced for entry in decision.spec for axis in _axes(entry)
         }
-        return tuple(axis for axis in self.rules.token_axes() if axis not in accumulated)
+        rows = self.rules.lookup("activations", "batch")
+        return tuple(axis for axis in (rows.axes if rows else ()) if axis not in accumulated)
 
     def compute_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The layout a matmul needs of a weight whose working layout is ``spec``."""

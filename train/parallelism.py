@@ -7,6 +7,7 @@ pure function here, so that ``train`` and ``explain`` derive the same and both c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError, did_you_mean
@@ -96,29 +97,43 @@ def choose_dtype(config: TrainConfig, *, on_cpu: bool) -> Any:
 
 
 def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
-    """Check that each microbatch's rows divide over the axes that split the batch.
+    """Check that a microbatch's rows and tokens divide over the axes that split them.
 
     Raises:
-        PlacementError: with the batch sizes that work.
+        PlacementError: with the batch sizes or lengths that work.
     """
-    rule = rules.lookup("activations", "batch")
-    axes = rule.axes if rule else ()
-    parts = 1
-    for axis in axes:
-        parts *= mesh.sizes[axis]
     rows = config.batch_size // config.grad_accum
-    if rows % parts == 0 and rows:
-        return
-    unit = parts * config.grad_accum
-    below = config.batch_size // unit * unit
-    choices = [str(size) for size in (below, below + unit) if size]
-    named = " × ".join(f"{axis}={mesh.sizes[axis]}" for axis in axes)
-    raise PlacementError(
-        f"cannot deal {config.batch_size} rows over {parts} devices"
-        + (f" in {config.grad_accum} microbatches" if config.grad_accum > 1 else ""),
-        where=f"batch_size={config.batch_size}, grad_accum={config.grad_accum}, mesh {mesh}",
-        why=f"each microbatch has {rows} rows for {named} = {parts} parts",
-        fix=f"use --batch-size {' or '.join(choices)}",
+    axes, parts = _splitting(rules, mesh, "batch")
+    if rows % parts or not rows:
+        unit = parts * config.grad_accum
+        below = config.batch_size // unit * unit
+        choices = [str(size) for size in (below, below + unit) if size]
+        accumulated = f" in {config.grad_accum} microbatches" if config.grad_accum > 1 else ""
+        raise PlacementError(
+            f"cannot deal {config.batch_size} rows over {parts} devices{accumulated}",
+            where=f"batch_size={config.batch_size}, grad_accum={config.grad_accum}, mesh {mesh}",
+            why=f"each microbatch has {rows} rows for {axes} = {parts} parts",
+            fix=f"use --batch-size {' or '.join(choices)}",
+        )
+    axes, parts = _splitting(rules, mesh, "length")
+    if config.seq_len % parts:
+        below = config.seq_len // parts * parts
+        choices = [str(size) for size in (below, below + parts) if size]
+        raise PlacementError(
+            f"cannot split rows of {config.seq_len} tokens over {parts} devices",
+            where=f"seq_len={config.seq_len}, mesh {mesh}",
+            why=f"{config.seq_len} is not divisible by {parts} ({axes})",
+            fix=f"use --seq-len {' or '.join(choices)}",
+        )
+
+
+def _splitting(rules: Rules, mesh: MeshSpec, dim: str) -> tuple[str, int]:
+    """The axes that split an activation dim, in words, and into how many parts."""
+    rule = rules.lookup("activations", dim)
+    axes = rule.axes if rule else ()
+    return (
+        " × ".join(f"{axis}={mesh.sizes[axis]}" for axis in axes),
+        math.prod(mesh.sizes[axis] for axis in axes),
     )
 
 

@@ -20,11 +20,20 @@ from meshwright.models.pure import functional
 from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig, Zero
 from meshwright.train.explain import layout_of
-from meshwright.train.parallelism import choose_dtype, choose_mesh
+from meshwright.train.parallelism import check_batch, choose_dtype, choose_mesh
 from meshwright.train.program import Program, step_spec
 from meshwright.train.step import gradients
 
-__all__ = ["Case", "Difference", "Result", "all_cases", "compare", "meshes", "run_case"]
+__all__ = [
+    "Case",
+    "Difference",
+    "Result",
+    "all_cases",
+    "compare",
+    "meshes",
+    "program_of",
+    "run_case",
+]
 
 
 @dataclass(frozen=True)
@@ -129,9 +138,9 @@ def run_case(config: TrainConfig, case: Case, batches: Sequence[dict[str, np.nda
     placed = [program.place(batch) for batch in batches]
     first = jax.jit(functools.partial(_gradients, program.spec))(state.params, placed[0])
     found = jax.device_get(first)
-    losses = []
+    step, losses = program.lower_step().compile(), []
     for batch in placed:
-        state, scalars = program.step(state, batch)
+        state, scalars = step(state, batch)
         losses.append(float(scalars["loss"]))
     return Result(initial, found, losses)
 
@@ -142,6 +151,7 @@ def program_of(config: TrainConfig) -> Program:
     spec = choose_mesh(config, _count(config.mesh), simulated=True)
     model = functional(config.model)
     layout = layout_of(config, model, spec)
+    check_batch(config, layout.rules, spec)
     dtype = choose_dtype(config, on_cpu=devices[0].platform == "cpu")
     mesh = spec.build(devices[: spec.device_count])
     return Program.prepare(config, step_spec(config, model, layout, mesh, dtype))

@@ -114,7 +114,7 @@ def train_step(
     """
     grads, plain, tokens = gradients(spec, constrain, state.params, batch)
     loss = plain / jnp.maximum(tokens, 1.0)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = _acceptable(spec.guard, loss, norm, state.grad_norm_mean)
     if spec.clip_norm:
         scale = spec.clip_norm / jnp.maximum(norm, spec.clip_norm)
@@ -278,8 +278,10 @@ def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: i
 
     Rows are split over all batch axes, major to minor; the deferred ones become the new dim.
     """
-    rule = spec.layout.rules.lookup("activations", "batch")
-    axes = rule.axes if rule else ()
+    axes, length = (
+        rule.axes if rule else ()
+        for rule in (spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length"))
+    )
     sizes = [spec.layout.mesh.sizes[axis] for axis in axes]
     order = [axis for axis in axes if axis in deferred]
     kept = [axis for axis in axes if axis not in deferred]
@@ -294,7 +296,7 @@ def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: i
         cube = cube.transpose(0, *moved, *rest)
         replicas = _size(spec, order)
         out = cube.reshape(x.shape[0], replicas, rows // replicas, *tail)
-        split = PartitionSpec(None, tuple(order), tuple(kept) or None)
+        split = PartitionSpec(None, tuple(order), tuple(kept) or None, length or None)
         return jax.lax.with_sharding_constraint(out, NamedSharding(spec.mesh, split))
 
     return jax.tree.map(one, batch)
