@@ -124,9 +124,9 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.stem[0] != "_"], ids=name_of)
-def test_all_is_sorted_and_complete(path: Path) -> None:
+def test_all_is_complete(path: Path) -> None:
     names = declared_all(path)
-    assert names == in_order(names)
+    assert len(names) == len(set(names))  # ruff keeps the order (RUF022)
     missing = public_definitions(path) - set(names)
     assert not missing, f"public but not in __all__ (or wants a leading underscore): {missing}"
     module = import_module(f"meshwright.{path.parent.name}.{path.stem}")

@@ -10,13 +10,43 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meshwright.train.config import TrainConfig as TrainConfig
+    from meshwright.train.config import default_config as default_config
+    from meshwright.train.layout import Layout as Layout
+    from meshwright.train.layout import resolve_layout as resolve_layout
+    from meshwright.train.loss import token_loss_sum as token_loss_sum
+    from meshwright.train.program import Program as Program
+    from meshwright.train.run import run_training as run_training
+    from meshwright.train.state import TrainState as TrainState
+    from meshwright.train.step import Batch as Batch
+    from meshwright.train.step import StepSpec as StepSpec
+    from meshwright.train.step import train_step as train_step
 
 __all__ = [
+    "Batch",
+    "Layout",
+    "Program",
+    "StepSpec",
     "TrainConfig",
+    "TrainState",
+    "default_config",
+    "resolve_layout",
+    "run_training",
+    "token_loss_sum",
+    "train_step",
 ]
 
 _MODULE_OF = {
+    "Batch": "step",
+    "Layout": "layout",
+    "Program": "program",
+    "StepSpec": "step",
     "TrainConfig": "config",
+    "TrainState": "state",
+    "default_config": "config",
+    "resolve_layout": "layout",
+    "run_training": "run",
+    "token_loss_sum": "loss",
+    "train_step": "step",
 }
 
 
