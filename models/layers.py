@@ -31,7 +31,9 @@ from jax import Array
 from meshwright.models.config import ModelConfig
 from meshwright.models.hooks import Hooks
 
-__all__ = ["Init", "Mlp", "Norm", "add_bias", "residual_std"]
+__all__ = ["Init", "Mlp", "Norm", "add_bias", "draw_normal", "residual_std"]
+
+_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ class Init:
         path = "/".join((*self.path, name))
         key = jax.random.fold_in(self.key, np.uint32(zlib.crc32(path.encode())))
         sizes = self._stacked(sizes)
-        drawn = jax.random.normal(key, tuple(sizes.values()), jnp.float32)
-        return nnx.Param(std * drawn, dims=tuple(sizes))
+        return nnx.Param(draw_normal(key, tuple(sizes.values()), std), dims=tuple(sizes))
 
     def constant(self, value: float, /, **sizes: int) -> nnx.Param[Array]:
         """A parameter that starts as ``value`` everywhere."""
@@ -75,6 +76,35 @@ class Init:
 
     def _stacked(self, sizes: dict[str, int]) -> dict[str, int]:
         return sizes if self.layers is None else {"layers": self.layers, **sizes}
+
+
+def draw_normal(key: Array, shape: tuple[int, ...], std: float) -> Array:
+    """Draw float32 numbers of a bell curve, bit for bit the same on any mesh and any hardware.
+
+    The sum of eight 16-bit random integers, centred and scaled (Irwin 1927, Hall 1927): a normal
+    distribution's density to 2% within one deviation, 4% at two, a fifth less at three, and
+    nothing beyond 4.9.
+    Integers add exactly and the scale is one multiplication, so nothing depends on how a
+    compiler orders, fuses or vectorises it. `jax.random.normal` goes through logarithms and
+    polynomials whose last bit on a CPU depends on the width of a device's shard: on jax 0.12 a
+    mesh that splits the last dim into fours gives other values than one device.
+
+    Args:
+        key: randomness.
+        shape: of the result.
+        std: standard deviation.
+    """
+
+    def add(word: Array, total: Array) -> Array:
+        bits = jax.random.bits(jax.random.fold_in(key, word), shape, jnp.uint32)
+        return total + ((bits & 0xFFFF) + (bits >> 16)).astype(jnp.int32)
+
+    # A loop, so that one word an element is in memory at a time, on each device its own part.
+    total = jax.lax.fori_loop(0, _WORDS, add, jnp.zeros(shape, jnp.int32))
+    centred = total - _WORDS * 0xFFFF
+    # A sum of n uniform integers below m has the variance n (m² - 1) / 12.
+    deviation = np.sqrt(2 * _WORDS * (2.0**32 - 1) / 12)
+    return centred.astype(jnp.float32) * np.float32(std / deviation)
 
 
 def residual_std(config: ModelConfig) -> float:

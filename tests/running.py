@@ -113,8 +113,14 @@ class Runs:
             path.write_text(sample_text())
         return path
 
-    def words(self, name: str, **settings: object) -> list[str]:
-        """The command of a run; ``data__path`` stands for ``--data.path``, None leaves one out."""
+    def words(self, name: str, *extra: str, **settings: object) -> list[str]:
+        """The command of a run.
+
+        Args:
+            name: of its folder.
+            extra: words that go last; a flag among them replaces the same one of the defaults.
+            settings: other values; ``data__path`` stands for ``--data.path``, None for no flag.
+        """
         chosen = {
             **_SETTINGS,
             "data.path": self.text,
@@ -122,11 +128,12 @@ class Runs:
             "out": self.root / name,
             **{key.replace("__", ".").replace("_", "-"): settings[key] for key in settings},
         }
-        return ["train", *_flags(chosen)]
+        kept = {key: value for key, value in chosen.items() if f"--{key}" not in extra}
+        return ["train", *_flags(kept), *extra]
 
     def __call__(self, name: str, *extra: str, **settings: object) -> Ran:
         """Run to the end."""
-        return self.command([*self.words(name, **settings), *extra], self.root / name)
+        return self.command(self.words(name, *extra, **settings), self.root / name)
 
     def resume(self, name: str, *extra: str, **settings: object) -> Ran:
         """Go on with a run as it was saved, but for the settings given here."""
@@ -136,7 +143,7 @@ class Runs:
         return self.command(words, self.root / name)
 
     def stopped(self, name: str, step: int, number: signal.Signals, **settings: object) -> Ran:
-        """Run, and get a signal once ``step`` is known to be finished; the next one is under way."""
+        """Run, and get a signal when ``step`` is finished and the next one is under way."""
         advance = Progress.advance
 
         def and_signal(progress: Progress, done: int) -> None:

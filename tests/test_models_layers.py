@@ -13,7 +13,7 @@ import pytest
 
 from meshwright.models.config import ModelConfig, named
 from meshwright.models.hooks import Hooks
-from meshwright.models.layers import Init, Mlp, Norm, residual_std
+from meshwright.models.layers import Init, Mlp, Norm, draw_normal, residual_std
 from meshwright.models.pure import functional
 
 TINY = dataclasses.replace(named("tiny"), layers=2, embed=32, mlp=64, heads=4, kv_heads=2)
@@ -25,6 +25,34 @@ GPT2 = dataclasses.replace(
 @functools.cache
 def _init(config: ModelConfig) -> dict[str, Any]:
     return jax.jit(functional(config).init)(jax.random.key(3))
+
+
+@pytest.mark.smoke
+def test_drawn_values_are_these_on_any_jax() -> None:
+    drawn = [float(value).hex() for value in draw_normal(jax.random.key(0), (3,), 1.0)]
+    assert drawn == ["0x1.785c3c0000000p-2", "-0x1.caf43a0000000p+0", "-0x1.6092ce0000000p-4"]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "spec", [jax.P("a"), jax.P("b"), jax.P("a", "b"), jax.P(None, ("a", "b"))], ids=str
+)
+def test_drawn_values_do_not_depend_on_the_shape_of_a_shard(spec: jax.P) -> None:
+    """The last split leaves 4 elements a row: narrower than a CPU's vectors."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=axes)
+    draw = functools.partial(draw_normal, shape=(64, 32), std=0.02)
+    split = jax.jit(draw, out_shardings=jax.NamedSharding(mesh, spec))(jax.random.key(5))
+    np.testing.assert_array_equal(split, jax.jit(draw)(jax.random.key(5)))
+
+
+def test_drawn_values_are_a_bell_curve() -> None:
+    drawn = np.asarray(draw_normal(jax.random.key(1), (400, 500), 2.0), np.float64) / 2
+    assert abs(drawn.mean()) < 0.01 and abs(drawn.std() - 1) < 0.01
+    assert abs((drawn**3).mean()) < 0.03  # symmetric
+    assert abs((drawn**4).mean() - 2.85) < 0.05  # 3 - 6 / (5 * 8): eight summed uniforms
+    assert np.abs(drawn).max() < 4.9
+    assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.01
 
 
 def test_a_layer_does_not_depend_on_how_many_follow() -> None:

@@ -75,10 +75,10 @@ def test_each_device_draws_its_own_part_only() -> None:
     compiled = jax.jit(model.init, out_shardings=shardings).lower(jax.random.key(0)).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    largest = max(leaf.size * 4 for leaf in jax.tree.leaves(model.shapes))
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(model.shapes))
     assert memory.output_size_in_bytes < whole / 4
-    assert memory.temp_size_in_bytes < largest
+    # Sums and one word of bits for each element of a device's own part, and little more.
+    assert memory.temp_size_in_bytes < 3 * memory.output_size_in_bytes < whole
 
 
 def test_sharded_parameters_give_the_same_logits() -> None:

@@ -237,7 +237,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(whole: Ran, stopped: Ran
         record["tokens"] for record in whole.records
     ]
     kept, expected = restored(resumed), restored(whole)
-    for ours, theirs in zip(jax.tree.leaves(kept.params), jax.tree.leaves(expected.params)):
+    for ours, theirs in zip(
+        jax.tree.leaves(kept.params), jax.tree.leaves(expected.params), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
