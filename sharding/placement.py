@@ -2,8 +2,10 @@
 
 `init_sharded` runs an init function as one jitted program whose outputs have their final
 shardings, so no array is ever whole on one device unless its spec says so. With jax's
-partitionable threefry (the default) the random bits do not depend on how the output is split:
-initial values are bitwise the same on every mesh, which tests hold.
+partitionable threefry (the default) random *bits* do not depend on how the output is split. What
+is computed from them in floating point can differ in the last bit between meshes, as compilers
+vectorise a logarithm by the shape of a shard; the models of this project draw their initial
+values in integers and are bitwise the same on every mesh.
 
 `Constrain` is `jax.lax.with_sharding_constraint` by dim names. jax drops a constraint whose dim
 the axis does not divide, without a word; this one raises, naming the dims and the sizes.

@@ -93,8 +93,15 @@ def heldout_loss_by_hand(ran: Ran) -> float:
     heldout = open_corpus(config.data, seq_len=config.seq_len, vocab_size=vocab).heldout
     total = weight = 0.0
     for row in (heldout[index] for index in range(len(heldout))):
-        masks = {name: row[name][None] for name in ("segments", "positions") if name in row}
-        logits = np.asarray(model.apply(state.params, row["tokens"][None], **masks)[0], np.float64)
+        logits = np.asarray(
+            model.apply(
+                state.params,
+                jnp.asarray(row["tokens"][None]),
+                positions=jnp.asarray(row["positions"][None]) if "positions" in row else None,
+                segments=jnp.asarray(row["segments"][None]) if "segments" in row else None,
+            )[0],
+            np.float64,
+        )
         chosen = logits[np.arange(len(logits)), row["targets"]]
         total += float(np.sum(row["weights"] * (np.log(np.exp(logits).sum(-1)) - chosen)))
         weight += float(row["weights"].sum())
@@ -198,6 +205,7 @@ def test_chosen_steps_are_profiled(runs: Runs) -> None:
     assert list((ran.folder / "profile").rglob("*.xplane.pb"))
 
 
+# BUG train/loop.py: `_Profile` counts steps from 0, all else counts them from 1.
 def test_the_last_step_can_be_profiled(runs: Runs) -> None:
     ran = runs("profiled-last", profile_steps="2:3", steps=2, eval_every=0)
     assert ran.code == 0
@@ -236,11 +244,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(whole: Ran, stopped: Ran
     assert [record["tokens"] for record in resumed.records] == [
         record["tokens"] for record in whole.records
     ]
-    kept, expected = restored(resumed), restored(whole)
-    for ours, theirs in zip(
-        jax.tree.leaves(kept.params), jax.tree.leaves(expected.params), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, restored(resumed).params, restored(whole).params)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_when_every_checkpoint_is_truncated_nothing_is_touched(runs: Runs, whole
     assert (damaged.folder / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_real_process_is_stopped_by_sigterm_and_its_run_resumed(runs: Runs) -> None:
+def test_a_real_process_is_stopped_by_sigterm_and_its_run_resumed(runs: Runs, whole: Ran) -> None:
     words = runs.words("process", steps=10**6, eval_every=0)
     command = [sys.executable, "-m", "meshwright", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -335,6 +339,7 @@ def test_a_real_process_is_stopped_by_sigterm_and_its_run_resumed(runs: Runs) ->
     done = json.loads(out)["steps"]
     ran = Ran(process.returncode, out, err, metrics.parent)
     assert ran.checkpoints[-1] == done
+    assert ran.losses[:3] == whole.losses[:3]
     resumed = runs.resume("process", steps=done + 1)
     assert (resumed.code, resumed.document["steps"]) == (0, done + 1)
     assert [record["step"] for record in resumed.records] == list(range(1, done + 2))

@@ -41,8 +41,8 @@ class Outcome:
         step: optimizer steps done in all.
         loss: training loss of the last finished step; None if none was run.
         eval_loss: last held-out loss; None if none was measured.
-        tokens_per_second: over the steps of this process after its first, evaluations and
-            checkpoints left out; None with fewer than two steps.
+        tokens_per_second: over the steps of this process after its first (unless that was all),
+            evaluations and checkpoints left out; None if no step was run.
         first_step_seconds: from the start of the process until its first step finished.
         data_wait_seconds: time the loop waited for batches, after the first.
         save_block_seconds: longest time a checkpoint held the loop up.
@@ -123,6 +123,7 @@ class Loop:
     _tokens_seen: float = 0.0
     _record: dict[str, float] | None = None
     _record_step: int = 0
+    _evaluated_step: int = -1
 
     def run(self, state: TrainState) -> tuple[TrainState, Outcome]:
         """Train from the state's step to the last.
@@ -153,6 +154,7 @@ class Loop:
             if last:
                 break
         self._settle(state, outcome)
+        profile.finish(state)
         self._write_record()
         if saved_at != outcome.step:
             self._save(outcome.step, state, outcome)
@@ -198,9 +200,10 @@ class Loop:
             self._watch.lap(values["tokens"])
         self._log_watch.lap(values["tokens"])
         outcome.step, outcome.loss = number, values["loss"]
-        if self._watch.steps:
-            outcome.tokens_per_second = self._watch.tokens_per_second
-            outcome.step_seconds = self._watch.seconds / self._watch.steps
+        # The first step is as good as none, but better than no number for a run of one step.
+        watch = self._watch if self._watch.steps else self._log_watch
+        outcome.tokens_per_second = watch.tokens_per_second
+        outcome.step_seconds = watch.seconds / watch.steps
         self._write_record()
         self.progress.advance(number)
         config = self.config
@@ -240,6 +243,7 @@ class Loop:
             loss, counted = self.program.eval(state.params, self.program.place(batch))
             total, weight = total + float(loss), weight + float(counted)
         outcome.eval_loss = total / max(weight, 1.0)
+        self._evaluated_step = outcome.step
         if self._record is not None:
             self._record["eval_loss"] = outcome.eval_loss
         self._restart_watches()
@@ -247,7 +251,8 @@ class Loop:
     def _save(self, number: int, state: TrainState, outcome: Outcome) -> None:
         began = time.perf_counter()
         extra = {**self.extra, "data": self.batches.state(), "tokens": self._tokens_seen}
-        self.checkpoints.save(number, state, extra, outcome.eval_loss)
+        measured = outcome.eval_loss if self._evaluated_step == number else None
+        self.checkpoints.save(number, state, extra, measured)
         outcome.save_block_seconds = max(outcome.save_block_seconds, time.perf_counter() - began)
         self._restart_watches()
 
@@ -292,7 +297,12 @@ class _Profile:
             self._running = True
 
     def after(self, step: int, state: TrainState) -> None:
-        if self._running and step + 1 >= self.steps.stop:
+        if step + 1 >= self.steps.stop:
+            self.finish(state)
+
+    def finish(self, state: TrainState) -> None:
+        """Stop the profiler if it runs, once the step it is about has finished."""
+        if self._running:
             jax.block_until_ready(state.step)
             jax.profiler.stop_trace()
             self._running = False
