@@ -306,7 +306,7 @@ class _Decider:
             why=f"{rule.dim} is {size} and the mesh asks for {parts} parts: "
             f"{size} is not divisible by {parts}",
             fix=f"make `{named}` one of {fitting}, make {rule.dim} {upper} (the next multiple"
-            f" of {parts}), or keep it whole: `{self.table}.{rule.dim}=none`",
+            f" of {parts}), or keep it whole: `{rule.dim}=none`",
         )
 
     def _refuse_twice(
@@ -317,7 +317,7 @@ class _Decider:
             where=f"shape {format_shape(leaf.shape)}, dims {format_dims(leaf.dims)}, rules "
             f"`{self.table}.{first}` and `{self.table}.{second}`",
             why="each device along an axis holds one part, so an axis splits one dim of a leaf",
-            fix=f"keep one of the two whole: `{self.table}.{second.dim if second else ''}=none`",
+            fix=f"keep one of the two whole: `{second.dim if second else ''}=none`",
         )
 
     def _kept_whole(self, leaf: Leaf) -> tuple[PartitionSpec, str, str, int] | None:

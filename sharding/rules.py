@@ -194,24 +194,38 @@ class Rules:
     def with_text(self, text: str) -> Rules:
         """Add a rule in its written form, ``params.mlp=tensor``; ``none`` keeps a dim whole.
 
+        Without a table, as in ``vocab=none``, it goes into every table that knows the dim.
+
         Raises:
             RulesError: malformed, unknown table, unknown dim, or as `with_rule`.
 
         >>> str(Rules().with_text("activations.length=none").lookup("activations", "length"))
         'length → none'
         """
-        table, dot, rest = text.partition(".")
-        dim, equals, axes = rest.partition("=")
-        if not (dot and equals and dim.strip() and axes.strip()):
+        left, equals, right = (part.strip() for part in text.partition("="))
+        table, dot, dim = left.rpartition(".")
+        if not (equals and dim and right) or (dot and not table):
             raise RulesError(
                 f"cannot read the rule `{text}`",
                 why="a rule is a table, a dot, a dim, an equals sign and mesh axes",
-                fix="write it like params.mlp=tensor, optimizer.embed=data+fsdp or "
-                "activations.length=none",
+                fix="write it like params.mlp=tensor, optimizer.embed=data+fsdp or, for all "
+                "tables, vocab=none",
             )
-        names = tuple(axis.strip() for axis in axes.split("+"))
+        names = tuple(axis.strip() for axis in right.split("+"))
         chosen = None if names == ("none",) else names
-        return self.with_rule(table.strip(), dim.strip(), chosen)  # type: ignore[arg-type]
+        if dot:
+            return self.with_rule(table, dim, chosen)  # type: ignore[arg-type]
+        rules, tables = self, [name for name in _TABLES if self.lookup(name, dim)]
+        if not tables:
+            known = [known for name in _TABLES for known in self.known_dims(name)]
+            raise RulesError(
+                f"cannot use the rule `{text}`",
+                why=f"no table knows the dim `{dim}`",
+                fix=did_you_mean(dim, known),
+            )
+        for name in tables:
+            rules = rules.with_rule(name, dim, chosen)
+        return rules
 
     def shape_rule(self, table: Table) -> ShapeRule | None:
         """What places undeclared leaves in a table: the join of all strategies' shape rules."""

@@ -39,6 +39,7 @@ GPU_CHIPS = ("a100", "h100", "h200", "b200")
 
 _FORMS = "local, cpu:8, v5e:4x4, v5p:4x4x8, v5p:4x4x8*2, h100:2x8"
 _SIMULATED_BY_DEFAULT = 8
+_MOST_SIMULATED = 1024
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,12 @@ class Topology:
         import jax
 
         wanted = self.shape[0]
+        if wanted > _MOST_SIMULATED:
+            raise TopologyError(
+                f"cannot simulate {wanted} CPU devices",
+                why=f"each takes threads and memory here: {_MOST_SIMULATED} is the limit",
+                fix=f"use cpu:{_MOST_SIMULATED} or fewer; `meshwright explain` takes any number",
+            )
         _simulate(wanted, platform="cpu")
         found = jax.devices("cpu")
         if len(found) < wanted:

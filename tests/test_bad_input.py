@@ -181,7 +181,7 @@ def test_nothing_is_replicated_in_silence(runs: Runs, words: str, message: str) 
         ("--model.vocab-size 257", "--model.vocab-size 258"),
         # BUG sharding/decisions.py: what it calls a fix leads to the same error about the
         # gradients, then the optimizer, then (in train only) the activations.
-        ("--model.vocab-size 257", "--model.vocab-size 257 --rules params.vocab=none"),
+        ("--model.vocab-size 257", "--model.vocab-size 257 --rules vocab=none"),
         ("--batch-size 6", "--batch-size 4"),
         ("--batch-size 6", "--batch-size 8"),
         ("--grad-accum 4", "--grad-accum 4 --batch-size 16"),

@@ -215,7 +215,7 @@ def test_help_lists_every_flag_with_its_default(run: Run) -> None:
     assert not {*FLAGS.split(), *CONTRACT.split()} - words
     assert not {name for name in MODELS if name not in words and f"{name}." not in words}
     assert "--model.name" not in words
-    assert "--steps INT Optimizer steps. (default: 120)" in described
+    assert "--steps INT Optimizer steps. (default: 150)" in described
     assert not re.findall(r"--\S+ (?:[A-Z]+|{\S+}|--\S+) \((?:default|repeatable)", described)
 
 

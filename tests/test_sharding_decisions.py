@@ -133,7 +133,7 @@ def test_indivisible_dim_in_four_lines() -> None:
         "tensor(), mesh tensor=16",
         "  why:   kv_heads is 8 and the mesh asks for 16 parts: 8 is not divisible by 16",
         "  fix:   make `tensor` one of 1, 2, 4, 8, make kv_heads 16 (the next multiple of 16), "
-        "or keep it whole: `params.kv_heads=none`",
+        "or keep it whole: `kv_heads=none`",
     ]
 
 

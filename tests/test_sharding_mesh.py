@@ -168,3 +168,9 @@ def test_simulated_devices_after_the_backend_started() -> None:
     assert len(Topology.parse("cpu:4").devices()) == 4
     with pytest.raises(TopologyError, match="already started in this process with 8"):
         Topology.parse("cpu:16").devices()
+
+
+def test_more_simulated_devices_than_a_process_bears() -> None:
+    assert Topology.parse("cpu:100000").device_count == 100000
+    with pytest.raises(TopologyError, match="1024 is the limit"):
+        Topology.parse("cpu:100000").devices()

@@ -105,10 +105,22 @@ def test_shadowed_rule() -> None:
         rules.with_rule("params", "mlp", "data")
 
 
-@pytest.mark.parametrize("text", ["mlp=tensor", "params.mlp", "params.mlp=", "params mlp tensor"])
+@pytest.mark.parametrize(
+    "text", ["params.mlp", "params.mlp=", "=tensor", ".mlp=tensor", "params mlp tensor"]
+)
 def test_unreadable_rules(text: str) -> None:
     with pytest.raises(RulesError, match="write it like params.mlp=tensor"):
         Rules().with_text(text)
+
+
+def test_a_rule_without_a_table_goes_into_all_that_know_the_dim() -> None:
+    rules = fold(data(), fsdp(), tensor()).with_text("vocab=none")
+    for table in ("params", "gradients", "optimizer"):
+        assert specs(rules, table)["embedding"] == (None, "fsdp")
+    assert rules.lookup("activations", "vocab").axes == ()  # type: ignore[union-attr]
+    assert not rules.with_text("length=data").user_rules("params")[1:]
+    with pytest.raises(RulesError, match="no table knows the dim `vocabb`(.|\n)*`vocab`"):
+        rules.with_text("vocabb=none")
 
 
 def test_unknown_table() -> None:

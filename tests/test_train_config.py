@@ -63,14 +63,14 @@ def test_default_is_the_tiny_model_and_is_frozen() -> None:
         ("mesh", "fspd=2", MeshError, "did you mean `fsdp`"),
         ("mesh", "data=-1,fsdp=-1", MeshError, "both -1"),
         ("topology", "cpi:8", TopologyError, "cpi"),
-        ("rules", ("mlp=tensor",), RulesError, "write it like params.mlp=tensor"),
+        ("rules", ("mlp:tensor",), RulesError, "write it like params.mlp=tensor"),
         ("rules", ("parms.mlp=tensor",), RulesError, "did you mean `params`"),
         ("rules", ("params.mpl=tensor",), RulesError, "no dim `mpl`.*\n.*did you mean `mlp`"),
         ("rules", ("params.mlp=tenser",), RulesError, "not a mesh axis\n.*`tensor`"),
         ("rules", ("params.mlp=data", "params.mlp=fsdp"), RulesError, "shadowed"),
         ("profile_steps", "10-13", ConfigError, "write it like 10:13"),
         ("profile_steps", "13:13", ConfigError, "holds no step\n.*13:16"),
-        ("profile_steps", "100:122", ConfigError, "120 steps\n.*end it at 121"),
+        ("profile_steps", "100:152", ConfigError, "150 steps\n.*end it at 151"),
     ],
 )
 def test_refuses(field: str, value: Any, error: type[MeshwrightError], message: str) -> None:

@@ -219,8 +219,8 @@ class TrainConfig:
     """With grad_accum over 1. whole: gradients cross the data axes once a step and each device
     holds its whole sum. sharded: once a microbatch, into shards; less memory, more traffic."""
     rules: tuple[str, ...] = ()
-    """A rule put before those of the strategies, such as params.mlp=tensor, or
-    activations.length=none; axes are joined by +. Repeat the flag for more."""
+    """A rule put before those of the strategies, such as params.mlp=tensor or, in all tables,
+    vocab=none; axes are joined by +. Repeat the flag for more."""
     steps: int = 150
     """Optimizer steps."""
     batch_size: int = 32

@@ -124,6 +124,7 @@ class Loop:
     _record: dict[str, float] | None = None
     _record_step: int = 0
     _evaluated_step: int = -1
+    _skipped: float = 0.0
 
     def run(self, state: TrainState) -> tuple[TrainState, Outcome]:
         """Train from the state's step to the last.
@@ -133,14 +134,19 @@ class Loop:
                 saved.
         """
         outcome = Outcome(step=int(state.step))
-        profile = _Profile(self.config.profile_range, self.profile_folder)
         self._tokens_seen = float(self.extra.get("tokens", 0.0))
+        with _Profile(self.config.profile_range, self.profile_folder) as profile:
+            state = self._train(state, outcome, profile)
+        self.checkpoints.wait()
+        outcome.exit_code = self.stop.exit_code
+        return state, outcome
+
+    def _train(self, state: TrainState, outcome: Outcome, profile: _Profile) -> TrainState:
         saved_at = outcome.step if outcome.step else -1
-        for step in range(outcome.step, self.config.steps):
-            profile.before(step)
-            state = self._dispatch(step, state, outcome)
-            profile.after(step, state)
-            number = step + 1
+        for number in range(outcome.step + 1, self.config.steps + 1):
+            profile.before(number)
+            state = self._dispatch(number, state, outcome)
+            profile.after(number, state)
             last = number == self.config.steps or self.stop.requested
             evaluate = _due(number, self.config.eval_every) or last
             save = _due(number, self.config.checkpoint_every) or last
@@ -154,15 +160,12 @@ class Loop:
             if last:
                 break
         self._settle(state, outcome)
-        profile.finish(state)
         self._write_record()
         if saved_at != outcome.step:
             self._save(outcome.step, state, outcome)
-        self.checkpoints.wait()
-        outcome.exit_code = self.stop.exit_code
-        return state, outcome
+        return state
 
-    def _dispatch(self, step: int, state: TrainState, outcome: Outcome) -> TrainState:
+    def _dispatch(self, number: int, state: TrainState, outcome: Outcome) -> TrainState:
         """Start a step, then read the scalars of the one before it."""
         asked = time.perf_counter()
         host = next(self.batches)
@@ -170,14 +173,13 @@ class Loop:
         if outcome.first_step_seconds is not None:
             outcome.data_wait_seconds += waited
         batch = self.program.place(host)
-        before, self._in_flight = self._in_flight, None
         compiled = self.program.step
         if outcome.first_step_seconds is None:
             self._log_watch.start()
         state, scalars = compiled(state, batch)
+        before, self._in_flight = self._in_flight, (number, scalars)
         if before:
             self._finish(*before, state, outcome)
-        self._in_flight = (step + 1, scalars)
         return state
 
     def _settle(self, state: TrainState, outcome: Outcome) -> None:
@@ -192,6 +194,7 @@ class Loop:
         """Fetch a step's scalars, which waits for it, and book it."""
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         self._tokens_seen += values["tokens"]
+        self._skipped += values["skipped"]
         if outcome.first_step_seconds is None:
             # Its time is the launch's, not a step's: it waited for compilers and caches.
             outcome.first_step_seconds = time.perf_counter() - self.process_start
@@ -224,8 +227,9 @@ class Loop:
             "tokens": self._tokens_seen,
             "tokens_per_second": watch.tokens_per_second,
             "step_seconds": watch.seconds / watch.steps if watch.steps else 0.0,
-            "skipped": values["skipped"],
+            "skipped": self._skipped,
         }
+        self._skipped = 0.0
         self._record_step = number
         if self.peak_tokens_per_second:
             speed = watch.tokens_per_second
@@ -264,7 +268,9 @@ class Loop:
         self, number: int, values: dict[str, float], state: TrainState, outcome: Outcome
     ) -> None:
         self._write_record()
-        # A further step may be under way; it too was refused or is good, and is the newest.
+        if self._in_flight:
+            # A further step is under way; refused or good, its state is the one there is to save.
+            self._tokens_seen += float(jax.device_get(self._in_flight[1])["tokens"])
         self._save(int(state.step), state, outcome)
         self.checkpoints.wait()
         limit = self.config.guard.max_bad_steps
@@ -285,24 +291,29 @@ def _due(number: int, every: int) -> bool:
 
 @dataclass
 class _Profile:
-    """Starts and stops jax's profiler around the chosen steps."""
+    """Runs jax's profiler around the chosen steps; ends it however the run ends."""
 
     steps: range
     folder: Path
     _running: bool = False
 
-    def before(self, step: int) -> None:
-        if self.steps and step == self.steps.start:
+    def before(self, number: int) -> None:
+        if self.steps and number == self.steps.start:
             jax.profiler.start_trace(str(self.folder))
             self._running = True
 
-    def after(self, step: int, state: TrainState) -> None:
-        if step + 1 >= self.steps.stop:
-            self.finish(state)
-
-    def finish(self, state: TrainState) -> None:
-        """Stop the profiler if it runs, once the step it is about has finished."""
-        if self._running:
+    def after(self, number: int, state: TrainState) -> None:
+        if self._running and number + 1 >= self.steps.stop:
             jax.block_until_ready(state.step)
-            jax.profiler.stop_trace()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
             self._running = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> _Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()

@@ -18,7 +18,10 @@ import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ class Metrics:
     ) -> None:
         self._path = file
         self._last = -1 if resumed_step is None else resumed_step
-        self._events = _event_writer(tensorboard, resumed_step) if tensorboard else None
+        self._events = _open_events(tensorboard, resumed_step) if tensorboard else None
         if resumed_step is not None and file.exists():
             kept = [record for record in read_metrics(file) if record["step"] <= resumed_step]
             write_whole(file, "".join(_line(record) for record in kept))
@@ -79,18 +82,18 @@ class Metrics:
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._events is not None:
+                self._events.add(step, values)
         except OSError as error:
             raise refuse(f"cannot write `{self._path}`", self._path, error) from error
-        if self._events is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files; all of it is written already, but for what a full disk refused."""
+        with suppress(OSError):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):
+                self._events.close()
 
     def __enter__(self) -> Metrics:
         return self
@@ -124,17 +127,59 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _event_writer(folder: Path, resumed_step: int | None) -> Any:
+def _open_events(folder: Path, resumed_step: int | None) -> _Events:
     try:
-        import tensorboardX
-    except ImportError:
-        raise MissingExtraError(
-            "cannot write TensorBoard files",
-            why="tensorboardX is not installed",
-            fix="pip install 'meshwright[train]', or --no-tensorboard",
-        ) from None
-    purge = None if resumed_step is None else resumed_step + 1
-    try:
-        return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+        return _Events(folder, resumed_step)
     except OSError as error:
-        raise refuse("cannot write TensorBoard files", folder, error) from error
+        raise refuse(f"cannot write to `{folder}`", folder, error) from error
+
+
+class _Events:
+    """Scalars in TensorBoard's file format, written as they come.
+
+    tensorboardX's own writer does this in a thread, which on a full disk ends with a traceback
+    that nobody can catch; its records and messages are used directly instead.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        try:
+            import tensorboardX
+        except ImportError:
+            raise MissingExtraError(
+                "cannot write TensorBoard files",
+                why="tensorboardX is not installed",
+                fix="pip install 'meshwright[train]', or --no-tensorboard",
+            ) from None
+        proto = f"{tensorboardX.__name__}.proto"
+        self._event: Any = import_module(f"{proto}.event_pb2")
+        self._summary: Any = import_module(f"{proto}.summary_pb2").Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{os.getpid()}"
+        self._records = tensorboardX.RecordWriter(str(folder / name))
+        self._write(file_version="brain.Event:2")
+        if resumed_step is not None:
+            # Tells TensorBoard to drop what an earlier file says of later steps.
+            start = self._event.SessionLog(status=self._event.SessionLog.START)
+            self._write(step=resumed_step + 1, session_log=start)
+
+    def add(self, step: int, values: Mapping[str, float | int]) -> None:
+        shown = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if math.isfinite(value)
+        ]
+        self._write(step=step, summary=self._summary(value=shown))
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event.Event(wall_time=time.time(), **fields)
+        try:
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError:
+            # What is left in its buffer would be tried again, loudly, when it is collected.
+            with suppress(OSError):
+                self._records.close()
+            raise
+
+    def close(self) -> None:
+        self._records.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from meshwright.sharding.errors import MeshError, PlacementError, RulesError, did_you_mean
+from meshwright.sharding.errors import MeshError, PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
@@ -75,11 +75,6 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
         strategies.append(zero1() if config.zero == 1 else zero2())
     rules = fold(*strategies)
     for text in config.rules:
-        table, _, rest = text.partition(".")
-        dim = rest.partition("=")[0]
-        if table == "activations" and rules.lookup("activations", dim) is None:
-            known = rules.known_dims("activations")
-            raise RulesError(f"cannot use the rule `{text}`", fix=did_you_mean(dim, known))
         rules = rules.with_text(text)
     return rules
 

@@ -17,6 +17,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ import jax
 
 from meshwright.models.config import count_parameters
 from meshwright.models.pure import functional
-from meshwright.sharding.errors import CheckpointError, MeshwrightError
+from meshwright.sharding.errors import (
+    CheckpointError,
+    ConfigError,
+    MeshwrightError,
+    MissingExtraError,
+)
 from meshwright.sharding.report import decisions_table, format_bytes
 from meshwright.sharding.topology import Topology
 from meshwright.train.checkpoint import Checkpoints
@@ -86,6 +92,7 @@ def run_training(config: TrainConfig) -> int:
         MeshwrightError: anything the user can mend; carries its exit code.
     """
     started = _process_start()
+    _check_extras(config)
     devices = Topology.parse(config.topology).devices()
     on_cpu = devices[0].platform == "cpu"
     _use_compilation_cache(config)
@@ -120,6 +127,7 @@ def _train(run: _Run) -> int:
     with StopSignals() as stop, closing(run.checkpoints) as checkpoints:
         start = _begin(config, program, checkpoints)
         corpus, batches, heldout = run.opening.result()
+        prompt = _sample_prompt(config, corpus.tokenizer)
         for line in (_describe_data(corpus), *start.notes):
             _say(line)
         first = int(start.state.step)
@@ -152,7 +160,7 @@ def _train(run: _Run) -> int:
             )
             state, outcome = loop.run(start.state)
     if not outcome.exit_code:
-        _show_sample(config, program, corpus, state)
+        _show_sample(config, program, corpus.tokenizer, prompt, state)
     _report(config, program, folder, outcome)
     return outcome.exit_code
 
@@ -269,13 +277,58 @@ def _peak_tokens(config: TrainConfig) -> float | None:
     return peak * jax.device_count() / flops_per_token(config.model, config.seq_len)
 
 
-def _show_sample(config: TrainConfig, program: Program, corpus: Any, state: TrainState) -> None:
+def _check_extras(config: TrainConfig) -> None:
+    """Refuse at once what would be missing only after the compiler has run.
+
+    Raises:
+        MissingExtraError: with the install command.
+    """
+    needed = ["grain", *(["tensorboardX"] if config.tensorboard else [])]
+    for package in needed:
+        if find_spec(package) is None:
+            instead = ", or --no-tensorboard" if package == "tensorboardX" else ""
+            raise MissingExtraError(
+                f"`meshwright train` needs the package `{package}`",
+                why="it comes with the extra `train`, which is not installed",
+                fix=f"pip install 'meshwright[train]'{instead}",
+            )
+
+
+def _sample_prompt(config: TrainConfig, tokenizer: Any) -> list[int]:
+    """The tokens a sample starts from; one end of document where the prompt is empty.
+
+    Raises:
+        ConfigError: text that is no text, or a sample longer than the model reads.
+    """
+    try:
+        prompt = [int(token) for token in tokenizer.encode(config.sample_prompt)]
+    except UnicodeError:
+        raise ConfigError(
+            "cannot start the sample",
+            where="--sample-prompt",
+            why="it is not Unicode text",
+            fix="use another prompt, or --sample-tokens 0",
+        ) from None
+    prompt = prompt or [tokenizer.end_id]
+    room = config.model.max_length - len(prompt)
+    if config.sample_tokens > room:
+        raise ConfigError(
+            f"cannot sample {config.sample_tokens} tokens",
+            where=f"sample_tokens={config.sample_tokens}, "
+            f"model.max_length={config.model.max_length}",
+            why=f"the prompt has {len(prompt)} tokens, which leaves room for {room}",
+            fix=f"use --sample-tokens {max(room, 0)} or less, or a larger --model.max-length",
+        )
+    return prompt
+
+
+def _show_sample(
+    config: TrainConfig, program: Program, tokenizer: Any, prompt: list[int], state: TrainState
+) -> None:
     if not config.sample_tokens:
         return
     from meshwright.models.sampling import generate
 
-    tokenizer = corpus.tokenizer
-    prompt = [int(token) for token in tokenizer.encode(config.sample_prompt)] or [0]
     params, hooks = program.sampler(state.params)
     out = generate(
         program.spec.model,
