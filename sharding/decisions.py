@@ -218,7 +218,7 @@ def _check_axes(rules: Rules, mesh: MeshSpec) -> None:
                 f"the mesh has no axis `{axis}`",
                 where=f"mesh {mesh}; asked for by {who}",
                 why=f"its axes are {', '.join(mesh.names)}",
-                fix=f"add {axis}=1 to the mesh, or {did_you_mean(axis, mesh.names)}",
+                fix=f"add {axis}=1 to the mesh, or use one of its axes",
             )
 
 
@@ -429,7 +429,14 @@ def _check_used(
                 f"{source} splits nothing over axis `{axis}`",
                 where=f"table {table}, {len(leaves)} leaves with the dims "
                 f"{', '.join(sorted(names)) or 'none'}",
-                why="no leaf has a dim it names"
-                + (", and all undeclared leaves are small" if shape_rule else ""),
+                why=_why_nothing(rules, table, axis, shape_rule is not None),
                 fix=f"name the model's dims, tell {source} which dims to split, or leave it out",
             )
+
+
+def _why_nothing(rules: Rules, table: Table, axis: str, by_shape: bool) -> str:
+    whole = [str(rule) for rule in rules.user_rules(table) if axis not in rule.axes]
+    if whole:
+        return f"your rules come first: {', '.join(whole)}"
+    small = ", and all undeclared leaves are small" if by_shape else ""
+    return f"no leaf has a dim it names{small}"

@@ -32,7 +32,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from meshwright.sharding.errors import RulesError, did_you_mean
 
@@ -214,7 +214,7 @@ class Rules:
         names = tuple(axis.strip() for axis in right.split("+"))
         chosen = None if names == ("none",) else names
         if dot:
-            return self.with_rule(table, dim, chosen)  # type: ignore[arg-type]
+            return self.with_rule(cast(Table, table), dim, chosen)  # refuses any other word
         rules, tables = self, [name for name in _TABLES if self.lookup(name, dim)]
         if not tables:
             known = [known for name in _TABLES for known in self.known_dims(name)]
@@ -223,8 +223,8 @@ class Rules:
                 why=f"no table knows the dim `{dim}`",
                 fix=did_you_mean(dim, known),
             )
-        for name in tables:
-            rules = rules.with_rule(name, dim, chosen)
+        for known_table in tables:
+            rules = rules.with_rule(known_table, dim, chosen)
         return rules
 
     def shape_rule(self, table: Table) -> ShapeRule | None:

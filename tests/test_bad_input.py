@@ -179,8 +179,6 @@ def test_nothing_is_replicated_in_silence(runs: Runs, words: str, message: str) 
         ("--mesh data=4,tensor=4", "--mesh data=4,tensor=2"),
         ("--mesh data=3", "--mesh data=8"),
         ("--model.vocab-size 257", "--model.vocab-size 258"),
-        # BUG sharding/decisions.py: what it calls a fix leads to the same error about the
-        # gradients, then the optimizer, then (in train only) the activations.
         ("--model.vocab-size 257", "--model.vocab-size 257 --rules vocab=none"),
         ("--batch-size 6", "--batch-size 4"),
         ("--batch-size 6", "--batch-size 8"),
@@ -256,7 +254,6 @@ def test_tokenizers_and_splits(runs: Runs, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        # BUG train/run.py: `_show_sample` finds out after the last step.
         ("--sample-tokens 5000", "max.length"),
         ("--sample-tokens 30 --model.max-length 32", "max.length"),
         ("--sample-tokens 8 --sample-prompt \udcff", "Unicode"),
@@ -273,7 +270,6 @@ def test_a_sample_that_cannot_be_made_is_refused_before_training(
     ("package", "words"),
     [
         ("grain", ""),
-        # BUG train/run.py: config.yaml is written before TensorBoard's writer is opened.
         ("tensorboardX", ""),
         ("tokenizers", "--data.tokenizer {root}/bpe.json"),
     ],
@@ -436,8 +432,6 @@ def test_a_disk_that_fills_up_loses_no_checkpoint(runs: Runs, mount: Path) -> No
     assert [record["step"] for record in resumed.records] == list(range(1, 13))
 
 
-# BUG train/metrics.py: `close` lets TensorBoard's writer fail once more, with a traceback (4k, 8k);
-# BUG train/checkpoint.py: `close` raises the error of a save again, Orbax's own (8k).
 @pytest.mark.parametrize("size", ["4k", "8k", "64k"])
 def test_a_disk_too_small_for_a_run_is_no_traceback(runs: Runs, mount: Path, size: str) -> None:
     make_disk(mount, size)

@@ -205,7 +205,6 @@ def test_evaluations_and_checkpoints_can_be_left_out() -> None:
     assert outcome.eval_loss is None
 
 
-# BUG train/loop.py: `_save` takes the newest held-out loss, of whatever step.
 @pytest.mark.parametrize(("eval_every", "known"), [(3, []), (8, [8]), (4, [4, 8])])
 def test_a_checkpoint_is_ranked_by_the_held_out_loss_of_its_own_step(
     eval_every: int, known: list[int]
@@ -266,7 +265,6 @@ def test_a_signal_before_the_first_step_still_saves_one() -> None:
 # Refused updates
 
 
-# BUG train/loop.py: `_give_up` saves the step under way without its tokens.
 def test_refused_updates_in_a_row_end_the_run_after_a_save() -> None:
     fakes = Fakes(bad=(2, 4, 5, 6))
     with pytest.raises(NonFiniteError, match="stopped at step 6: 3 updates in a row") as caught:
@@ -281,7 +279,6 @@ def test_refused_updates_in_a_row_end_the_run_after_a_save() -> None:
     assert fakes.events[-1] == ("wait", 0)
 
 
-# BUG train/loop.py: a record has `skipped` of its own step only, and nothing has the count.
 def test_every_refused_update_shows_in_the_records() -> None:
     fakes = Fakes(bad=(2, 5))
     run(fakes, eval_every=0, log_every=3)
@@ -314,7 +311,6 @@ def profiled(events: list[tuple[str, int]]) -> list[int]:
     return [step for what, step in inside if what == "dispatch"]
 
 
-# BUG train/loop.py: `_Profile` counts steps from 0, all else counts them from 1.
 @pytest.mark.parametrize(("text", "steps"), [("2:4", [2, 3]), ("1:2", [1]), ("9:10", [9])])
 def test_the_steps_of_the_metrics_are_the_steps_profiled(
     traces: SimpleNamespace, text: str, steps: list[int]
@@ -323,14 +319,12 @@ def test_the_steps_of_the_metrics_are_the_steps_profiled(
     assert profiled(traces.fakes.events) == steps
 
 
-# BUG train/loop.py: nothing ends a trace but the step after its last.
 def test_a_run_that_stops_while_profiling_ends_its_trace(traces: SimpleNamespace) -> None:
     traces.fakes.stop_after = 3
     run(traces.fakes, profile_steps="2:9")
     assert profiled(traces.fakes.events)[-1] == 4
 
 
-# BUG train/loop.py: as above.
 def test_a_run_that_fails_while_profiling_ends_its_trace(traces: SimpleNamespace) -> None:
     traces.fakes.bad = (3, 4)
     with pytest.raises(NonFiniteError):

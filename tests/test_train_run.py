@@ -199,7 +199,6 @@ def test_chosen_steps_are_profiled(runs: Runs) -> None:
     assert list((ran.folder / "profile").rglob("*.xplane.pb"))
 
 
-# BUG train/loop.py: `_Profile` counts steps from 0, all else counts them from 1.
 def test_the_last_step_can_be_profiled(runs: Runs) -> None:
     ran = runs("profiled-last", profile_steps="2:3", steps=2, eval_every=0)
     assert ran.code == 0
@@ -286,6 +285,14 @@ def test_a_finished_run_can_be_made_longer(runs: Runs, whole: Ran) -> None:
     assert (longer.code, longer.document["steps"]) == (0, STEPS + 2)
     assert [record["step"] for record in longer.records] == list(range(1, STEPS + 3))
     assert longer.losses[:STEPS] == whole.losses
+
+
+def test_a_resumed_run_saves_the_settings_it_goes_on_with(runs: Runs, whole: Ran) -> None:
+    changed = copied(whole, "changed")
+    assert runs.resume("changed", steps=STEPS + 1, keep_last=2).code == 0
+    # Or else the next --resume, after a kill, would take the run for finished.
+    config = config_of(changed)
+    assert (config.steps, config.keep_last) == (STEPS + 1, 2)
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(runs: Runs, whole: Ran) -> None:

@@ -107,7 +107,8 @@ class Program:
         self._started = time.perf_counter()
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         self._step = pool.submit(self.lower_step().compile)
-        self._eval = pool.submit(self._lower_eval().compile)
+        if self.config.eval_every:
+            self._eval = pool.submit(self._lower_eval().compile)
         pool.shutdown(wait=False)
 
     def lower_step(self) -> Any:
@@ -150,10 +151,7 @@ class Program:
     @property
     def eval(self) -> Callable[..., Any]:
         """The compiled evaluation: (params, batch) → (loss sum, weight)."""
-        if self._eval is None:
-            self.start()
-        assert self._eval is not None
-        return self._eval.result()
+        return self._lower_eval().compile() if self._eval is None else self._eval.result()
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a placed batch: [microbatches, rows, length]."""

@@ -133,8 +133,9 @@ def _train(run: _Run) -> int:
         first = int(start.state.step)
         if config.resume:
             batches.restore(start.extra["data"])
-        else:
-            folder.write_config(dump(config))
+            if first >= config.steps:
+                _say(f"nothing to do: {first} of {config.steps} steps are done; raise --steps")
+        folder.write_config(dump(config))
         with (
             batches,
             Metrics(
