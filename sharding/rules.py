@@ -215,7 +215,7 @@ class Rules:
         chosen = None if names == ("none",) else names
         if dot:
             return self.with_rule(cast(Table, table), dim, chosen)  # refuses any other word
-        rules, tables = self, [name for name in _TABLES if self.lookup(name, dim)]
+        tables: list[Table] = [name for name in _TABLES if self.lookup(name, dim)]
         if not tables:
             known = [known for name in _TABLES for known in self.known_dims(name)]
             raise RulesError(
@@ -223,8 +223,9 @@ class Rules:
                 why=f"no table knows the dim `{dim}`",
                 fix=did_you_mean(dim, known),
             )
-        for known_table in tables:
-            rules = rules.with_rule(known_table, dim, chosen)
+        rules = self
+        for name in tables:
+            rules = rules.with_rule(name, dim, chosen)
         return rules
 
     def shape_rule(self, table: Table) -> ShapeRule | None:
