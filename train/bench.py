@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig
 from meshwright.train.handwritten import handwritten_step
@@ -40,7 +41,8 @@ def parity(config: TrainConfig) -> int:
     """Losses and gradients on every mesh of 1, 2, 4 and 8 devices against those of one device.
 
     In bfloat16 the yardstick is one device against itself with the rows of each batch in
-    another order, which is the same sum in another order.
+    another order, which is the same sum in another order. With ``--mesh`` only the cases of that
+    mesh are run.
     """
     Topology("cpu", (8,)).devices()
     config = replace(config, dtype=config.dtype or "float32", topology="cpu:8")
@@ -48,22 +50,28 @@ def parity(config: TrainConfig) -> int:
     one = run_case(config, Case("data=1"), batches)
     worst = {"gradient": 0.0, "loss": 0.0}
     cases = [case for case in all_cases() if case != Case("data=1")]
+    if config.mesh != "auto":
+        cases = [case for case in cases if case.mesh == str(MeshSpec.parse(config.mesh))]
     equal = 0
+    built = set()
     for case in cases:
-        found = compare(one, run_case(config, case, batches))
-        equal += found.initial_equal
+        # Each mesh builds its own initial values once; its other cases start from the same.
+        start = one.initial if case.mesh in built else None
+        built.add(case.mesh)
+        found = compare(one, run_case(config, case, batches, start))
+        equal += start is None and found.initial_equal
         worst["gradient"] = max(worst["gradient"], found.gradient)
         worst["loss"] = max(worst["loss"], found.loss)
         _say(
             f"{case!s:<42} gradient {found.gradient:.1e}  loss {found.loss:.1e}  "
-            f"initial values {'equal' if found.initial_equal else 'DIFFER'}"
+            + ("" if start else f"initial values {'equal' if found.initial_equal else 'DIFFER'}")
         )
     reordered = {"gradient": 0.0, "loss": 0.0}
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(config.batch_size)
         shuffled = [{name: x[order] for name, x in batch.items()} for batch in batches]
         for case in (Case("data=1"), Case("data=1", config.batch_size // 4)):
-            found = compare(one, run_case(config, case, shuffled))
+            found = compare(one, run_case(config, case, shuffled, one.initial))
             reordered["gradient"] = max(reordered["gradient"], found.gradient)
             reordered["loss"] = max(reordered["loss"], found.loss)
     _say(f"worst of {len(cases)} cases: gradient {worst['gradient']:.1e}, loss {worst['loss']:.1e}")
@@ -75,7 +83,8 @@ def parity(config: TrainConfig) -> int:
         dtype=config.dtype,
         cases=len(cases),
         steps=_PARITY_STEPS,
-        initial_equal=equal,
+        meshes=len(built),
+        meshes_with_equal_initial_values=equal,
         worst=worst,
         one_device_reordered=reordered,
     )

@@ -22,7 +22,8 @@ from meshwright.train.config import TrainConfig, Zero
 from meshwright.train.explain import layout_of
 from meshwright.train.parallelism import check_batch, choose_dtype, choose_mesh
 from meshwright.train.program import Program, step_spec
-from meshwright.train.step import gradients
+from meshwright.train.state import TrainState
+from meshwright.train.step import StepSpec, apply_gradients, gradients
 
 __all__ = [
     "Case",
@@ -65,12 +66,12 @@ class Result:
     """Numbers of one case, on the host.
 
     Attributes:
-        initial: parameters before the first step.
+        initial: the state before the first step.
         gradients: of the first step, before clipping.
         losses: of every step.
     """
 
-    initial: Any
+    initial: TrainState
     gradients: Any
     losses: list[float]
 
@@ -117,13 +118,20 @@ def all_cases(device_counts: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Case]:
                     yield Case(mesh, grad_accum, 2)
 
 
-def run_case(config: TrainConfig, case: Case, batches: Sequence[dict[str, np.ndarray]]) -> Result:
+def run_case(
+    config: TrainConfig,
+    case: Case,
+    batches: Sequence[dict[str, np.ndarray]],
+    start: TrainState | None = None,
+) -> Result:
     """Train on one mesh, one step a batch.
 
     Args:
         config: the run; the case's fields replace its own.
         case: mesh and the rest.
         batches: host batches, one a step.
+        start: a state on the host to start from, which saves compiling the init program; by
+            default the case builds its own on its mesh.
     """
     config = replace(
         config,
@@ -133,16 +141,18 @@ def run_case(config: TrainConfig, case: Case, batches: Sequence[dict[str, np.nda
         accumulate=case.accumulate,
     )
     program = program_of(config)
-    state = program.init()
-    initial = jax.device_get(state.params)
-    placed = [program.place(batch) for batch in batches]
-    first = jax.jit(functools.partial(_gradients, program.spec))(state.params, placed[0])
-    found = jax.device_get(first)
-    step, losses = program.lower_step().compile(), []
-    for batch in placed:
-        state, scalars = step(state, batch)
+    state = program.init() if start is None else jax.device_put(start, program.shardings)
+    initial, first, losses = jax.device_get(state), None, []
+    step = jax.jit(
+        functools.partial(_step_and_gradients, program.spec),
+        out_shardings=(program.shardings, None, program.shardings.params),
+        donate_argnums=0,
+    )
+    for host in batches:
+        state, scalars, grads = step(state, program.place(host))
+        first = jax.device_get(grads) if first is None else first
         losses.append(float(scalars["loss"]))
-    return Result(initial, found, losses)
+    return Result(initial, first, losses)
 
 
 def program_of(config: TrainConfig) -> Program:
@@ -162,7 +172,7 @@ def compare(one: Result, other: Result) -> Difference:
     leaves = list(
         zip(jax.tree.leaves(one.gradients), jax.tree.leaves(other.gradients), strict=True)
     )
-    equal = jax.tree.map(np.array_equal, one.initial, other.initial)
+    equal = jax.tree.map(np.array_equal, one.initial.params, other.initial.params)
     return Difference(
         initial_equal=all(jax.tree.leaves(equal)),
         gradient=max(float(np.max(np.abs(a - b)) / np.max(np.abs(a))) for a, b in leaves),
@@ -170,8 +180,10 @@ def compare(one: Result, other: Result) -> Difference:
     )
 
 
-def _gradients(spec: Any, params: Any, batch: Any) -> Any:
-    return gradients(spec, spec.constrain(), params, batch)[0]
+def _step_and_gradients(spec: StepSpec, state: TrainState, batch: Any) -> Any:
+    """A train step that also returns its gradients: one program to compile, not two."""
+    found = gradients(spec, spec.constrain(), state.params, batch)
+    return (*apply_gradients(spec, state, *found), found[0])
 
 
 def _count(mesh: str) -> int:

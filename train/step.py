@@ -49,6 +49,7 @@ from meshwright.train.state import TrainState
 __all__ = [
     "Batch",
     "StepSpec",
+    "apply_gradients",
     "batch_shardings",
     "eval_step",
     "gradients",
@@ -112,7 +113,22 @@ def train_step(
         tokens), ``grad_norm`` before clipping, ``learning_rate``, ``tokens`` counted,
         ``skipped`` (1.0 if the update was refused) and ``bad_in_row``.
     """
-    grads, plain, tokens = gradients(spec, constrain, state.params, batch)
+    return apply_gradients(spec, state, *gradients(spec, constrain, state.params, batch))
+
+
+def apply_gradients(
+    spec: StepSpec, state: TrainState, grads: Any, plain: jax.Array, tokens: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The second half of a step: clip, guard, update.
+
+    Args:
+        spec: the program's constants.
+        state: before the step.
+        grads, plain, tokens: as `gradients` returns them.
+
+    Returns:
+        As `train_step`.
+    """
     loss = plain / jnp.maximum(tokens, 1.0)
     norm = optax.tree.norm(grads)
     good = _acceptable(spec.guard, loss, norm, state.grad_norm_mean)
