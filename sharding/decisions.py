@@ -142,8 +142,9 @@ def resolve(
             table places (an optimizer without moments has none to split), say False.
 
     Raises:
-        RulesError: an axis the mesh has not, a rule of yours that matches nothing, a strategy
-            that splits nothing.
+        MeshError: a mesh with a size of -1.
+        RulesError: an axis the mesh has not, a mesh axis no rule uses, a rule of yours that
+            matches nothing, a strategy that splits nothing.
         PlacementError: a leaf that cannot be placed; says how many more are like it.
 
     >>> from meshwright.sharding import data, fsdp, fold
@@ -154,7 +155,11 @@ def resolve(
     (True, 48)
     """
     spec = MeshSpec.of(mesh) if isinstance(mesh, Mesh) else mesh
-    _check_axes(rules, spec)
+    _ = spec.device_count  # refuses a size that is still -1
+    if check_used:
+        check_mesh(rules, spec)
+    else:
+        _check_axes(rules, spec)
     decider = _Decider(rules, spec, table)
     decisions: list[Decision] = []
     failures: list[tuple[Leaf, PlacementError]] = []
@@ -334,12 +339,14 @@ class _Decider:
 
     def _by_shape(self, leaf: Leaf) -> Any:
         rule = self._shape_rule
-        if rule is None:
+        if rule is None or (not rule.axes and self.rules.splits_parameters):
+            folded = ", ".join(f"{name}()" for name, _ in self.rules.strategies) or "none"
             raise PlacementError(
                 f"no rule matches `{leaf.path}`",
-                where=f"shape {format_shape(leaf.shape)}, no dim names, table {self.table}",
-                why="rules go by dim names, and no strategy here places leaves by shape",
-                fix="name its dims (Flax metadata or DimPatterns), or fold in fsdp() or data()",
+                where=f"shape {format_shape(leaf.shape)}, no dim names, table {self.table}, "
+                f"strategies {folded}",
+                why="rules go by dim names, and none of these strategies splits leaves by shape",
+                fix="name its dims: Flax metadata, or DimPatterns for its path",
             )
         if not rule.axes:
             return self._found([], "whole", f"kept whole by {rule.source}")

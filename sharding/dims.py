@@ -71,6 +71,13 @@ class Leaf:
     source: str = "no names"
 
     def __post_init__(self) -> None:
+        if self.dims is not None and not _is_dims(self.dims):
+            raise DimsError(
+                f"cannot name the dimensions of `{self.path}`",
+                where=f"shape {format_shape(self.shape)}, {self.dims!r} from {self.source}",
+                why="dims are a tuple with one name, or None, for each dimension",
+                fix='write them like ("embed", "mlp")',
+            )
         if self.dims is not None and len(self.dims) != len(self.shape):
             raise DimsError(
                 f"cannot name the dimensions of `{self.path}`",
@@ -169,16 +176,24 @@ def describe(tree: Any, dims: DimPatterns | Any | None = None) -> tuple[Leaf, ..
         return leaves
     if isinstance(dims, DimPatterns):
         return dims.apply(leaves)
-    names = jax.tree.leaves(dims, is_leaf=lambda node: node is None or _is_dims(node))
-    if len(names) != len(leaves):
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        dims, is_leaf=lambda node: node is None or _is_dims(node)
+    )
+    named = {format_path(key_path): names for key_path, names in flat}
+    paths = [leaf.path for leaf in leaves]
+    if list(named) != paths:
+        strange = next((path for path in named if path not in paths), None)
+        missing = next((path for path in paths if path not in named), None)
         raise DimsError(
             "cannot pair the dims with the leaves",
-            why=f"{len(names)} tuples of names for {len(leaves)} leaves",
+            why=f"{len(named)} tuples of names for {len(leaves)} leaves"
+            + (f"; `{missing}` has none" if missing else "")
+            + (f"; `{strange}` is no leaf" if strange else ""),
             fix="give a tree of the same structure, one tuple of names a leaf",
         )
     return tuple(
-        leaf if name is None else replace(leaf, dims=name, source="the model's dims")
-        for leaf, name in zip(leaves, names, strict=True)
+        leaf if names is None else replace(leaf, dims=names, source="the model's dims")
+        for leaf, names in zip(leaves, named.values(), strict=True)
     )
 
 
@@ -196,17 +211,19 @@ def describe_optimizer(state: Any, params: Sequence[Leaf]) -> tuple[Leaf, ...]:
 
     Returns:
         A leaf for each array of the state. Moments have their parameter's dims, factored
-        moments the dims that remain; what belongs to no parameter keeps its own (or none).
+        moments the dims that remain; what belongs to no parameter has none.
     """
     by_path = {leaf.path: leaf for leaf in params}
-    return tuple(_as_moment(leaf, by_path) for leaf in describe(state))
+    # Not the state's own metadata: optax keeps a parameter's box around what it reduced, so the
+    # names on a factored moment are those of more dims than it has.
+    return tuple(_as_moment(leaf, by_path) for leaf in _described(state, metadata=False))
 
 
 def _as_moment(leaf: Leaf, by_path: dict[str, Leaf]) -> Leaf:
     parts = leaf.path.split("/")
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
     param = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
-    if param is None or param.dims is None or leaf.dims is not None:
+    if param is None or param.dims is None:
         return leaf
     if leaf.shape == param.shape:
         return replace(leaf, dims=param.dims, source=f"moment of `{param.path}`")
@@ -236,7 +253,7 @@ def _dropped_dim(leaf: Leaf, param: Leaf) -> int | None:
     return None
 
 
-def _described(tree: Any) -> Iterable[Leaf]:
+def _described(tree: Any, *, metadata: bool = True) -> Iterable[Leaf]:
     boxed = _box_types()
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         _as_pytree(tree), is_leaf=lambda node: isinstance(node, boxed)
@@ -246,7 +263,7 @@ def _described(tree: Any) -> Iterable[Leaf]:
         if not isinstance(node, boxed):
             yield _leaf(path, node, None, "no names")
             continue
-        names, source = _names_of(node)
+        names, source = _names_of(node) if metadata else (None, "no names")
         inner = jax.tree_util.tree_flatten_with_path(node)[0]
         for inner_path, value in inner:
             # A box holds one array as a rule; its own `value` key is no part of the address.

@@ -58,6 +58,8 @@ class MeshSpec:
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.axes]
+        if not names:
+            self._refuse("it has no axes", "give it one, such as data=-1")
         for name in names:
             if not name.isidentifier():
                 self._refuse(f"`{name}` is not a name", "use letters, digits and _")

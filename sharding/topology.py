@@ -156,7 +156,10 @@ class Topology:
         match self.kind:
             case "auto":
                 _simulate(_SIMULATED_BY_DEFAULT)
-                return jax.devices()
+                found = jax.devices()
+                if found[0].platform == "cpu" and len(found) == 1:
+                    return Topology("cpu", (_SIMULATED_BY_DEFAULT,))._simulated_devices()
+                return found
             case "local":
                 return jax.devices()
             case "cpu":

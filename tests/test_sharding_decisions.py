@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.sharding.decisions import resolve
 from meshwright.sharding.dims import Leaf, describe
-from meshwright.sharding.errors import PlacementError, RulesError
+from meshwright.sharding.errors import MeshError, PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import SMALL_LEAF_BYTES, data, fold, fsdp, tensor
@@ -117,6 +117,14 @@ def test_undeclared_leaves_need_a_strategy_that_goes_by_shape() -> None:
         describe({"w": jnp.zeros((4, 4))}), fold(data()), MeshSpec.parse("data=2"), "params"
     )
     assert found["w"].reason == "kept whole by data()"
+    both = MeshSpec.parse("data=2,tensor=2")
+    with pytest.raises(PlacementError, match="no rule matches `w`"):
+        resolve(describe({"w": jnp.zeros((4, 4))}), fold(data(), tensor()), both, "params")
+
+
+def test_a_mesh_with_a_size_left_open_is_refused() -> None:
+    with pytest.raises(MeshError, match="still -1"):
+        resolve([], fold(data()), MeshSpec.parse("data=-1"), "params")
 
 
 def _two() -> MeshSpec:

@@ -105,8 +105,12 @@ def test_dims_tree_must_pair_with_the_leaves() -> None:
     tree = {"w": jnp.ones((2, 2)), "v": jnp.ones(3)}
     leaves = describe(tree, {"w": ("embed", "mlp"), "v": None})
     assert [leaf.dims for leaf in leaves] == [None, ("embed", "mlp")]
-    with pytest.raises(DimsError, match="1 tuples of names for 2 leaves"):
+    with pytest.raises(DimsError, match="1 tuples of names for 2 leaves; `v` has none"):
         describe(tree, {"w": ("embed", "mlp")})
+    with pytest.raises(DimsError, match="`v` has none; `x` is no leaf"):
+        describe(tree, {"w": ("embed", "mlp"), "x": ("embed",)})
+    with pytest.raises(DimsError, match="one name, or None, for each dimension"):
+        describe(tree, {"w": "embed", "v": None})
 
 
 def test_leaves_that_are_no_arrays_are_refused_by_path() -> None:
@@ -169,6 +173,14 @@ def test_factored_moments_have_the_dims_that_remain(shape: tuple[int, ...]) -> N
             if f"{field}/w" in leaf.path:
                 kept = tuple(name for name in dims if sizes[field][name])
                 assert leaf.dims == kept, (leaf, sizes[field])
+
+
+def test_factored_moments_of_flax_variables() -> None:
+    state = nnx.state(_Pair(nnx.Rngs(0)), nnx.Param)
+    del state["plain"]
+    moments = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=2).init, state)
+    found = {leaf.path: leaf.dims for leaf in describe_optimizer(moments, describe(state))}
+    assert found["v_row/up"] == ("embed",) and found["v_col/up"] == ("mlp",)
 
 
 def test_leaf_counts_bytes() -> None:

@@ -21,7 +21,8 @@ LEAVES = (
 
 
 def specs(rules: Rules, table: str = "params") -> dict[str, tuple]:
-    found = resolve(LEAVES, rules, MESH, table)  # type: ignore[arg-type]
+    axes = tuple((name, size) for name, size in MESH.axes if name in rules.axes())
+    found = resolve(LEAVES, rules, MeshSpec(axes or MESH.axes[:1]), table)  # type: ignore[arg-type]
     return {decision.leaf.path: tuple(decision.spec) for decision in found}
 
 
@@ -137,7 +138,7 @@ def test_unused_rule() -> None:
 def test_strategy_that_splits_nothing() -> None:
     leaves = [Leaf("norm", (128,), F32, ("norm",))]
     with pytest.raises(RulesError, match=r"tensor\(\) splits nothing over axis `tensor`"):
-        resolve(leaves, fold(tensor()), MESH, "params")
+        resolve(leaves, fold(tensor()), MeshSpec.parse("tensor=2"), "params")
 
 
 def test_axis_the_mesh_has_not() -> None:
@@ -148,12 +149,14 @@ def test_axis_the_mesh_has_not() -> None:
 def test_axis_no_rule_uses() -> None:
     with pytest.raises(RulesError, match="no rule uses the mesh axis `fsdp`"):
         check_mesh(fold(data(), tensor()), MESH)
+    with pytest.raises(RulesError, match="no rule uses the mesh axis `fsdp`"):
+        resolve(LEAVES, fold(data(), tensor()), MESH, "params")
     check_mesh(fold(data(), tensor()), MeshSpec.parse("data=4,fsdp=1,tensor=2"))
 
 
 def test_unknown_dim_names_are_refused_once_anything_is_split() -> None:
     leaf = Leaf("x", (4, 8), F32, ("embed", "mpl"))
     with pytest.raises(PlacementError, match="no rule knows the dim `mpl`(.|\n)*`mlp`"):
-        resolve([leaf], fold(fsdp()), MESH, "params")
-    (decision,) = resolve([leaf], fold(data()), MESH, "params")
+        resolve([leaf], fold(fsdp()), MeshSpec.parse("fsdp=2"), "params")
+    (decision,) = resolve([leaf], fold(data()), MeshSpec.parse("data=2"), "params")
     assert tuple(decision.spec) == () and decision.reason == "no strategy splits its dims"

@@ -13,9 +13,11 @@ position, configuration, mesh). The description is compared first, so that a che
 another model is an error that names leaves, and never mistaken for a damaged one.
 
 Restoring gives each device its part of each array from the file, in the shardings asked for;
-the mesh that saved it does not matter. Orbax checks sizes and checksums as it reads: a damaged
-checkpoint raises, and the one before is tried. It is then set aside under another name when the
-run saves again, for it would otherwise count among the newest, or be in the way of its own step.
+the mesh that saved it does not matter. A file that is missing, cut short or overwritten in its
+index raises as Orbax reads it, and the checkpoint before is tried. Single bytes changed within
+the numbers are not noticed: nothing holds a digest of them yet. A damaged checkpoint is set aside
+under another name when the run saves again, for it would otherwise count among the newest, or be
+in the way of its own step.
 
 Arrays are stored in nested dicts by path, RNG keys as their numbers. Orbax can store custom
 pytree nodes, but then the files depend on how optax happens to nest its states, and empty

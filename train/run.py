@@ -28,7 +28,6 @@ from meshwright.models.pure import functional
 from meshwright.sharding.errors import (
     CheckpointError,
     ConfigError,
-    MeshwrightError,
     MissingExtraError,
 )
 from meshwright.sharding.report import decisions_table, format_bytes
@@ -115,7 +114,7 @@ def run_training(config: TrainConfig) -> int:
             program.start()
             run = _Run(config, program, folder, checkpoints, opening, started)
             return _train(run)
-    except MeshwrightError:
+    except BaseException:
         # A run that was refused leaves no folder behind; one with anything in it stays.
         with suppress(OSError):
             folder.path.rmdir()
@@ -291,7 +290,7 @@ def _check_extras(config: TrainConfig) -> None:
             raise MissingExtraError(
                 f"`meshwright train` needs the package `{package}`",
                 why="it comes with the extra `train`, which is not installed",
-                fix=f"pip install 'meshwright[train]'{instead}",
+                fix=f"pip install 'meshwright[train]' (-e '.[train]' in a checkout){instead}",
             )
 
 
