@@ -161,6 +161,7 @@ def resolve(
     else:
         _check_axes(rules, spec)
     decider = _Decider(rules, spec, table)
+    decider.survey(leaves)
     decisions: list[Decision] = []
     failures: list[tuple[Leaf, PlacementError]] = []
     for leaf in leaves:
@@ -237,6 +238,20 @@ class _Decider:
         self._shape_rule = rules.shape_rule(table)
         self._known: dict[Any, tuple[PartitionSpec, str, str, int]] = {}
         self._lookups: dict[str, Rule | None] = {}
+        self._common: dict[tuple[str, ...], int] = {}
+
+    def survey(self, leaves: Sequence[Leaf]) -> None:
+        """Note what the sizes that the same axes split have in common, for what errors suggest."""
+        for leaf in leaves:
+            for name, size in zip(leaf.dims or (), leaf.shape, strict=leaf.dims is not None):
+                rule = self._find(name) if name else None
+                if rule and rule.axes:
+                    self._common[rule.axes] = math.gcd(self._common.get(rule.axes, 0), size)
+
+    def _find(self, name: str) -> Rule | None:
+        if name not in self._lookups:
+            self._lookups[name] = self.rules.lookup(self.table, name)
+        return self._lookups[name]
 
     def decide(self, leaf: Leaf) -> Decision:
         key = (leaf.shape, leaf.dims, leaf.dtype.itemsize)
@@ -274,9 +289,7 @@ class _Decider:
     def _rule_for(self, leaf: Leaf, name: str | None) -> Rule | None:
         if name is None:
             return None
-        if name not in self._lookups:
-            self._lookups[name] = self.rules.lookup(self.table, name)
-        rule = self._lookups[name]
+        rule = self._find(name)
         if rule is None and (self.rules.splits_parameters or self.table == "activations"):
             raise PlacementError(
                 f"no rule knows the dim `{name}` of `{leaf.path}`",
@@ -301,8 +314,10 @@ class _Decider:
         if rule is None or size % parts == 0:
             return
         named = "+".join(axes)
-        divisors = [n for n in range(1, min(size, 4096) + 1) if size % n == 0]
+        common = self._common.get(tuple(axes), size)
+        divisors = [n for n in range(1, min(common, 4096) + 1) if common % n == 0]
         fitting = ", ".join(map(str, divisors[:8])) + (", …" if len(divisors) > 8 else "")
+        fitting = f"one of {fitting}" if len(divisors) > 1 else fitting
         upper = -(-size // parts) * parts
         raise PlacementError(
             f"cannot split dim {index} of `{leaf.path}` over axis `{named}`",
@@ -310,7 +325,7 @@ class _Decider:
             f"rule `{self.table}.{rule}` of {rule.source}, mesh {self.mesh}",
             why=f"{rule.dim} is {size} and the mesh asks for {parts} parts: "
             f"{size} is not divisible by {parts}",
-            fix=f"make `{named}` one of {fitting}, make {rule.dim} {upper} (the next multiple"
+            fix=f"make `{named}` {fitting}, make {rule.dim} {upper} (the next multiple"
             f" of {parts}), or keep it whole: `{rule.dim}=none`",
         )
 

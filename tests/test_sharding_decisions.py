@@ -145,6 +145,18 @@ def test_indivisible_dim_in_four_lines() -> None:
     ]
 
 
+def test_suggested_sizes_suit_every_leaf_the_axis_splits() -> None:
+    leaves = [
+        Leaf("embedding", (50257,), F32, ("vocab",)),
+        Leaf("wq", (12,), F32, ("heads",)),
+    ]
+    with pytest.raises(PlacementError, match="make `tensor` 1, make vocab 50264"):
+        resolve(leaves, fold(tensor()), MeshSpec.parse("tensor=8"), "params")
+    leaves[0] = Leaf("embedding", (90,), F32, ("vocab",))
+    with pytest.raises(PlacementError, match="make `tensor` one of 1, 2, 3, 6,"):
+        resolve(leaves, fold(tensor()), MeshSpec.parse("tensor=8"), "params")
+
+
 def test_axis_twice_in_a_leaf() -> None:
     leaf = Leaf("w", (8, 8), F32, ("heads", "mlp"))
     with pytest.raises(PlacementError, match="two dims of `w` over the same axis `tensor`"):
