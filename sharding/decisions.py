@@ -52,11 +52,6 @@ class Decision:
     reason: str
     bytes_per_device: int
 
-    @property
-    def parts(self) -> int:
-        """How many different parts the leaf is cut into."""
-        return self.leaf.size_bytes // max(self.bytes_per_device, 1) or 1
-
 
 @dataclass(frozen=True)
 class Decisions:

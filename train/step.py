@@ -28,6 +28,7 @@ were; the decision is a select inside the program, not a read-back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -223,7 +224,7 @@ def gradients(
         return (weights.accumulated(summed[0]), summed[1]), None
 
     zeros = weights.zero_accumulators(params)
-    plain0 = jnp.zeros([_size(spec, deferred)] if deferred else [], jnp.float32)
+    plain0 = jnp.zeros([_size(spec.mesh, deferred)] if deferred else [], jnp.float32)
     (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
     if deferred:
         grads, plain = jax.tree.map(lambda x: jnp.sum(x, axis=0), (grads, plain))
@@ -279,14 +280,11 @@ def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.
 def _deferred(spec: StepSpec, microbatches: int) -> tuple[str, ...]:
     """Axes to keep gradients unreduced over; none where there is nothing to save."""
     axes = spec.layout.deferred_axes
-    return axes if microbatches > 1 and _size(spec, axes) > 1 else ()
+    return axes if microbatches > 1 and _size(spec.mesh, axes) > 1 else ()
 
 
-def _size(spec: StepSpec, axes: Sequence[str]) -> int:
-    size = 1
-    for axis in axes:
-        size *= spec.layout.mesh.sizes[axis]
-    return size
+def _size(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: int) -> Batch:
@@ -305,12 +303,12 @@ def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: i
 
     def one(x: jax.Array) -> jax.Array:
         tail = x.shape[2:]
-        local = rows // _size(spec, axes)
+        local = rows // _size(spec.mesh, axes)
         cube = x.reshape(x.shape[0], *sizes, local, *tail)
         rank = cube.ndim
         rest = range(1 + len(sizes), rank)
         cube = cube.transpose(0, *moved, *rest)
-        replicas = _size(spec, order)
+        replicas = _size(spec.mesh, order)
         out = cube.reshape(x.shape[0], replicas, rows // replicas, *tail)
         split = PartitionSpec(None, tuple(order), tuple(kept) or None, length or None)
         return jax.lax.with_sharding_constraint(out, NamedSharding(spec.mesh, split))
@@ -321,7 +319,7 @@ def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: i
 class _Weights:
     """Applies the layouts to parameters: working copy, use, accumulators, masters.
 
-    Holds one NamedSharding tree a role, each of the parameters' structure.
+    Holds one tree of PartitionSpecs a role, each of the parameters' structure.
     """
 
     def __init__(self, spec: StepSpec, deferred: tuple[str, ...], *, final: bool = False) -> None:
@@ -373,7 +371,7 @@ class _Weights:
         """Float32 zeros in the accumulators' layout, with the leading dim of replicas."""
 
         def one(param: jax.Array) -> jax.Array:
-            lead = [_mesh_size(self.mesh, self.deferred)] if self.deferred else []
+            lead = [_size(self.mesh, self.deferred)] if self.deferred else []
             return jnp.zeros([*lead, *param.shape], jnp.float32)
 
         return self.accumulated(jax.tree.map(one, params))
@@ -433,10 +431,3 @@ def _map_specs(fn: Callable[[PartitionSpec], PartitionSpec], specs: Any) -> Any:
 
 def _drop_first(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*spec[1:])
-
-
-def _mesh_size(mesh: Mesh, axes: Sequence[str]) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size
