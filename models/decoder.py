@@ -19,7 +19,7 @@ from jax import Array
 from meshwright.models.attention import Attention, Cache, Shared, rotation
 from meshwright.models.config import ModelConfig
 from meshwright.models.hooks import Hooks
-from meshwright.models.layers import Init, Mlp, Norm
+from meshwright.models.layers import Init, Mlp, Norm, float32_logits
 from meshwright.sharding.errors import ConfigError
 
 __all__ = ["Block", "Decoder"]
@@ -186,5 +186,5 @@ class Decoder(nnx.Module):
             equation, weights = "btd,vd->btv", self.embedding[...]
         else:
             equation, weights = "btd,dv->btv", self.head[...]
-        logits = jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
+        logits = float32_logits(equation, x, weights)
         return shared.hooks.constrain(logits, ("batch", shared.length, "vocab"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,15 @@ from jax import Array
 
 from meshwright.models.config import Remat
 
-__all__ = ["Hooks", "LayerBody", "constrain_nothing", "dot_product", "rematerialise", "scan_layers"]
+__all__ = [
+    "Hooks",
+    "LayerBody",
+    "constrain_nothing",
+    "cudnn_serves",
+    "dot_product",
+    "rematerialise",
+    "scan_layers",
+]
 
 LayerBody = Callable[[Any, Any], Any]
 """One layer: (x, the parameters of one layer as nested dicts) → x of the same structure."""
@@ -38,7 +46,14 @@ def constrain_nothing(x: Array, dims: tuple[str | None, ...]) -> Array:
 
 
 def dot_product(
-    q: Array, k: Array, v: Array, *, mask: Array | None, causal: bool, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None,
+    causal: bool,
+    scale: float,
+    implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Array:
     """Attend with `jax.nn.dot_product_attention`; softmax in float32.
 
@@ -49,36 +64,38 @@ def dot_product(
         mask: True where a query may attend, bool [B, 1, T, S]; None for everywhere.
         causal: additionally, query t attends only to keys up to t.
         scale: factor on the products of queries and keys.
+        implementation: ``xla`` for matmuls and softmax, ``cudnn`` for the fused kernel; None
+            takes the kernel where this process's default device has it and no mask is given.
 
     Returns:
         [B, T, N, H] in the dtype of ``q``.
 
-    The plain causal case uses cuDNN's fused kernel where the default device is an NVIDIA GPU
-    that has it. It must be asked for by name: without one, `jax.nn.dot_product_attention`
-    takes the XLA path on every backend (as of jax 0.10).
+    The kernel must be asked for by name: without one, `jax.nn.dot_product_attention` takes the
+    XLA path on every backend (as of jax 0.10).
     """
-    fused = mask is None and _cudnn_serves(q)
+    if implementation is None:
+        live = jax.default_backend() == "gpu"
+        fused = mask is None and live and cudnn_serves(q, jax.devices()[0])
+        implementation = "cudnn" if fused else "xla"
     return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=causal,
-        scale=scale,
-        implementation="cudnn" if fused else "xla",
+        q, k, v, mask=mask, is_causal=causal, scale=scale, implementation=implementation
     )
 
 
-def _cudnn_serves(q: Array) -> bool:
-    """Whether cuDNN's flash attention takes this dtype and head size on the default device.
+def cudnn_serves(q: Array, device: Any) -> bool:
+    """Whether cuDNN's flash attention takes this dtype and head size on a device.
 
     Decided while tracing. Flash attention needs compute capability 8.0, and 9.0 for heads
     over 128 (the checks of jax's own cuDNN wrapper, which raises where this returns False).
+
+    Args:
+        q: queries [B, T, N, H].
+        device: a live device, or one compiled for; anything but an NVIDIA GPU is refused.
     """
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     # Only NVIDIA devices describe themselves as major.minor; AMD's say gfx and a number.
-    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
     if not major.isdigit() or int(major) < 8:
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if int(major) >= 9 else 128)

@@ -19,8 +19,10 @@ K kv_heads, H head_dim, M mlp, V vocab, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ from jax import Array
 from meshwright.models.config import ModelConfig
 from meshwright.models.hooks import Hooks
 
-__all__ = ["Init", "Mlp", "Norm", "add_bias", "draw_normal", "residual_std"]
+__all__ = ["Init", "Mlp", "Norm", "add_bias", "draw_normal", "float32_logits", "residual_std"]
 
 _WORDS = 4
 
@@ -167,6 +169,39 @@ class Mlp(nnx.Module):
             hidden = jax.nn.silu(gate) * up
         hidden = hooks.constrain(hidden, ("batch", length, "mlp"))
         return add_bias(jnp.einsum("btm,md->btd", hidden, self.w_down[...]), self.b_down)
+
+
+def float32_logits(equation: str, x: Array, weights: Array) -> Array:
+    """The einsum of two arrays of one dtype, summed and returned in float32.
+
+    Its gradients are computed in that dtype. Left to jax, the float32 gradient of the logits
+    would make both matmuls of the backward pass float32 ones, several times slower on
+    accelerators, and the gradient of the weights would cross the wire at twice the bytes.
+    """
+    return _float32_logits(equation, x, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float32_logits(equation: str, x: Array, weights: Array) -> Any:
+    return jnp.einsum(equation, x, weights, preferred_element_type=jnp.float32)
+
+
+def _float32_logits_forward(equation: str, x: Array, weights: Array) -> Any:
+    return _float32_logits(equation, x, weights), (x, weights)
+
+
+def _float32_logits_backward(equation: str, kept: Any, grad: Array) -> tuple[Array, Array]:
+    x, weights = kept
+    left, right = equation.split("->")[0].split(",")
+    out = equation.split("->")[1]
+    grad = grad.astype(x.dtype)
+    return (
+        jnp.einsum(f"{out},{right}->{left}", grad, weights),
+        jnp.einsum(f"{left},{out}->{right}", x, grad),
+    )
+
+
+_float32_logits.defvjp(_float32_logits_forward, _float32_logits_backward)
 
 
 def add_bias(x: Array, bias: nnx.Param[Array] | None) -> Array:

@@ -56,17 +56,14 @@ class Layout:
     masters: Decisions
     moments: Decisions
 
-    @property
-    def deferred_axes(self) -> tuple[str, ...]:
-        """Axes gradients stay unreduced over until the end of a step with several microbatches.
+    def unreduced_axes(self, gradients: Decisions) -> tuple[str, ...]:
+        """Axes that split the rows of a batch and no gradient of a layout.
 
-        Those that split the rows of a batch and no gradient accumulator.
+        Partial gradients can be kept apart over these until a step reduces them once.
         """
-        accumulated = {
-            axis for decision in self.reduced for entry in decision.spec for axis in _axes(entry)
-        }
+        split = {axis for decision in gradients for entry in decision.spec for axis in _axes(entry)}
         rows = self.rules.lookup("activations", "batch")
-        return tuple(axis for axis in (rows.axes if rows else ()) if axis not in accumulated)
+        return tuple(axis for axis in (rows.axes if rows else ()) if axis not in split)
 
     def compute_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The layout a matmul needs of a weight whose working layout is ``spec``."""

@@ -3,14 +3,8 @@
 Placement, forward, backward, reduction over the data axes, clipping and update are one
 program; microbatches and layers are loops inside it. Nothing here has side effects.
 
-**Weights.** The state holds float32 masters in the optimizer's layout. Where the working layout
-differs (ZeRO-1 and -2) the step starts by casting to the compute dtype and gathering once. Then
-`_Weights.use` is applied to each weight where it is read: cast, gather over the axes that split
-tokens, and on the way back put the gradient into its reduced layout at once, which makes the
-partitioner emit a reduce-scatter and not an all-reduce. Writing the transpose by hand matters:
-jax's own transpose of a sharding constraint is the same constraint, the *gathered* layout.
-Per-layer weights are used inside the layer loop, inside rematerialisation, so a gathered layer
-lives for one layer only and is gathered again in the backward pass.
+**Weights** are cast and gathered where they are read, and their gradients reduced, as
+`meshwright.train.weights` says.
 
 **Microbatches.** With gradient accumulation every device keeps the partial sums of its own
 tokens and they are reduced once a step, over all axes no accumulator is split over. GSPMD has no
@@ -38,14 +32,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshwright.models.config import Remat
-from meshwright.models.hooks import Hooks, scan_layers
+from meshwright.models.hooks import Hooks
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
+from meshwright.train.attention import attention_of
 from meshwright.train.config import GuardConfig, LossConfig
 from meshwright.train.layout import Layout
 from meshwright.train.loss import token_loss_sum
 from meshwright.train.state import TrainState
+from meshwright.train.weights import Weights
 
 __all__ = [
     "Batch",
@@ -63,7 +58,6 @@ Batch = dict[str, jax.Array]
 """``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
 masked documents also ``segments`` and ``positions`` int32 of that shape."""
 
-_LAYERS = "layers"
 _NORM_MEAN_DECAY = 0.95
 
 
@@ -170,7 +164,7 @@ def eval_step(
     spec: StepSpec, constrain: Constrain, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """Plain cross-entropy of a batch: (sum over counted tokens, their weight), no gradients."""
-    weights = _Weights(spec, ())
+    weights = _weights(spec)
     working = weights.working(params)
 
     def one(totals: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
@@ -199,7 +193,8 @@ def gradients(
     tokens = jnp.sum(batch["weights"])
     scale = 1.0 / jnp.maximum(tokens, 1.0)
     deferred = _deferred(spec, microbatches)
-    weights = _Weights(spec, deferred, final=microbatches == 1)
+    once = microbatches == 1
+    weights = _weights(spec, deferred, final=once)
     working = weights.working(params)
     inner = constrain.without(deferred) if deferred else constrain
 
@@ -211,12 +206,12 @@ def gradients(
         grads, plain = jax.grad(scaled, has_aux=True)(working)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), plain
 
-    if microbatches == 1:
-        grads, plain = one(jax.tree.map(lambda x: x[0], batch))
-        return weights.into_masters(grads), plain, tokens
     if deferred:
-        one = jax.vmap(one, spmd_axis_name=deferred)
+        one = jax.vmap(one, spmd_axis_name=deferred, out_axes=(None, 0) if once else 0)
         batch = _by_replica(spec, batch, deferred, rows)
+    if once:
+        grads, plain = one(jax.tree.map(lambda x: x[0], batch))
+        return weights.into_masters(grads), jnp.sum(plain), tokens
 
     def add(totals: tuple[Any, jax.Array], rows: Batch) -> tuple[tuple[Any, jax.Array], None]:
         grads, plain = one(rows)
@@ -240,20 +235,24 @@ def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedShar
 
 def sampling_params(spec: StepSpec, params: Any) -> Any:
     """Masters as generation reads them: layers in their working layout, the rest ready for use."""
-    weights = _Weights(spec, ())
+    weights = _weights(spec)
     return weights.use_all_but_layers(weights.working(params))
 
 
 def sampling_hooks(spec: StepSpec) -> Hooks:
     """Hooks for generation: as in training, but a batch of prompts stays whole."""
     constrain = spec.constrain().without(spec.layout.rules.token_axes())
-    return Hooks(constrain=constrain, run_layers=_Weights(spec, ()).run_layers)
+    return Hooks(constrain=constrain, run_layers=_weights(spec).run_layers)
 
 
 def _loss_sums(
-    spec: StepSpec, weights: _Weights, constrain: Constrain, working: Any, rows: Batch
+    spec: StepSpec, weights: Weights, constrain: Constrain, working: Any, rows: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    hooks = Hooks(constrain=constrain, run_layers=weights.run_layers)
+    hooks = Hooks(
+        constrain=constrain,
+        attention=attention_of(spec.mesh, constrain.rules),
+        run_layers=weights.run_layers,
+    )
     logits = spec.model.apply(
         weights.use_all_but_layers(working),
         rows["tokens"],
@@ -278,9 +277,19 @@ def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.
 
 
 def _deferred(spec: StepSpec, microbatches: int) -> tuple[str, ...]:
-    """Axes to keep gradients unreduced over; none where there is nothing to save."""
-    axes = spec.layout.deferred_axes
-    return axes if microbatches > 1 and _size(spec.mesh, axes) > 1 else ()
+    """Axes whose partial gradients are kept apart; none where there is nothing to save.
+
+    With several microbatches, until the end of the step. With one, until a layer's gradient is
+    reduce-scattered over the other axes that split tokens: the rest then reduces shards only,
+    where the partitioner by itself would all-reduce whole gradients over all axes at once.
+    """
+    layout = spec.layout
+    if microbatches > 1:
+        axes = layout.unreduced_axes(layout.reduced)
+        return axes if _size(spec.mesh, axes) > 1 else ()
+    axes = layout.unreduced_axes(layout.masters)
+    others = [axis for axis in layout.rules.token_axes() if axis not in axes]
+    return axes if _size(spec.mesh, axes) > 1 and _size(spec.mesh, others) > 1 else ()
 
 
 def _size(mesh: Mesh, axes: Sequence[str]) -> int:
@@ -316,118 +325,6 @@ def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: i
     return jax.tree.map(one, batch)
 
 
-class _Weights:
-    """Applies the layouts to parameters: working copy, use, accumulators, masters.
-
-    Holds one tree of PartitionSpecs a role, each of the parameters' structure.
-    """
-
-    def __init__(self, spec: StepSpec, deferred: tuple[str, ...], *, final: bool = False) -> None:
-        layout, shapes = spec.layout, spec.model.shapes
-        self.mesh, self.deferred = spec.mesh, deferred
-        self.dtype = spec.compute_dtype
-        self.working_specs = layout.working.specs(shapes)
-        self.master_specs = layout.masters.specs(shapes)
-        self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
-        self.compute_specs = _map_specs(layout.compute_spec, self.working_specs)
-
-    def working(self, masters: Any) -> Any:
-        """Masters as the step keeps them: gathered once, in the compute dtype, where that differs.
-
-        A weight whose two layouts agree stays the float32 master, cast where it is used: a cast
-        copy of all of it would only take memory.
-        """
-
-        def one(master: jax.Array, spec: PartitionSpec, held: PartitionSpec) -> jax.Array:
-            return master if spec == held else self._put(master.astype(self.dtype), spec)
-
-        return jax.tree.map(one, masters, self.working_specs, self.master_specs)
-
-    def use_all_but_layers(self, working: Any) -> Any:
-        """Cast and gather what is not inside the layer loop."""
-        outside = {key: tree for key, tree in working.items() if key != _LAYERS}
-        used = self._use(
-            outside,
-            {key: self.compute_specs[key] for key in outside},
-            {key: self.reduced_specs[key] for key in outside},
-        )
-        return {**working, **used}
-
-    def run_layers(self, body: Callable, stacked: Any, x: Any, remat: Remat) -> Any:
-        """Scan the layers, using each layer's weights inside the rematerialised body."""
-        compute = _map_specs(_drop_first, self.compute_specs[_LAYERS])
-        reduced = _map_specs(_drop_first, self.reduced_specs[_LAYERS])
-
-        def using(x: jax.Array, layer: Any) -> jax.Array:
-            return body(x, self._use(layer, compute, reduced))
-
-        gathers = self.compute_specs[_LAYERS] != self.working_specs[_LAYERS]
-        if remat == "none" and gathers:
-            # Without this, the backward pass would keep every layer's gathered weights.
-            using = jax.checkpoint(using, policy=_save_all_but_weights, prevent_cse=False)
-        return scan_layers(using, stacked, x, remat)
-
-    def zero_accumulators(self, params: Any) -> Any:
-        """Float32 zeros in the accumulators' layout, with the leading dim of replicas."""
-
-        def one(param: jax.Array) -> jax.Array:
-            lead = [_size(self.mesh, self.deferred)] if self.deferred else []
-            return jnp.zeros([*lead, *param.shape], jnp.float32)
-
-        return self.accumulated(jax.tree.map(one, params))
-
-    def accumulated(self, grads: Any) -> Any:
-        """Hold accumulators to their layout inside the loop."""
-
-        def one(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-            full = PartitionSpec(self.deferred, *spec) if self.deferred else spec
-            return self._put(grad, full)
-
-        return jax.tree.map(one, grads, self.reduced_specs)
-
-    def into_masters(self, grads: Any) -> Any:
-        """Reduced gradients in the layout the optimizer updates in."""
-        return jax.tree.map(self._put, grads, self.master_specs)
-
-    def _use(self, weights: Any, compute: Any, reduced: Any) -> Any:
-        return jax.tree.map(self._use_one, weights, compute, reduced)
-
-    def _use_one(
-        self, weight: jax.Array, compute: PartitionSpec, reduced: PartitionSpec
-    ) -> jax.Array:
-        stored = weight.dtype
-
-        @jax.custom_vjp
-        def use(weight: jax.Array) -> jax.Array:
-            return self._put(weight.astype(self.dtype), compute)
-
-        def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
-            # Through the compute layout first: the partitioner then sums each device's partial
-            # gradient and keeps its part of the sum, a reduce-scatter. Asked for the reduced
-            # layout alone, it may instead reshard what the gradient is computed from.
-            return (self._put(self._put(grad, compute), reduced).astype(stored),)
-
-        use.defvjp(lambda weight: (use(weight), None), backward)
-        return use(weight)
-
-    def _put(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-
-def _save_all_but_weights(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Rematerialisation policy: keep activations, cast and gather weights again.
-
-    Constraints and casts are cheap to repeat on activations. `_use_one` appears as a custom
-    derivative of one operand; those with more (fused attention) are kept.
-    """
-    if primitive.name == "custom_vjp_call":
-        return len(operands) > 1
-    return primitive.name not in ("sharding_constraint", "convert_element_type")
-
-
-def _map_specs(fn: Callable[[PartitionSpec], PartitionSpec], specs: Any) -> Any:
-    return jax.tree.map(fn, specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
-
-
-def _drop_first(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*spec[1:])
+def _weights(spec: StepSpec, deferred: tuple[str, ...] = (), *, final: bool = False) -> Weights:
+    shapes = spec.model.shapes
+    return Weights(spec.layout, shapes, spec.mesh, spec.compute_dtype, deferred, final=final)
