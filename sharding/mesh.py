@@ -254,7 +254,7 @@ class MeshSpec:
         group_of = _slice_index if tpu else _process_index
         groups = sorted({group_of(device) for device in devices})
         if tpu and len(groups) == 1:
-            return jax.make_mesh(shape, spec.names, axis_types=auto, devices=devices)
+            return Mesh(_on_one_slice(shape, devices), spec.names, axis_types=auto)
         rows = spec.split(len(groups))
         across, within = tuple(row[1] for row in rows), tuple(row[2] for row in rows)
         if tpu:
@@ -275,6 +275,32 @@ class MeshSpec:
 
         count = len(self.axes)
         return AbstractMesh(tuple(self.sizes.values()), self.names, (AxisType.Auto,) * count)
+
+
+def _on_one_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
+    """Devices of a TPU slice in mesh order: as jax lays them, or by coordinates where it cannot.
+
+    jax refuses meshes that cut a torus dimension on most generations unless asked to, and up to
+    0.10 fails on dimensions such as 28.
+    """
+    import itertools
+
+    import numpy as np
+    from jax.experimental import mesh_utils
+
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, TypeError, ValueError):
+        from meshwright.sharding.links import lay_on_torus, torus_coordinates
+
+    places = [(*device.coords, device.core_on_chip) for device in devices]
+    dims = tuple(1 + max(place[dim] for place in places) for dim in range(len(places[0])))
+    by_place = dict(zip(places, devices, strict=True))
+    parts = lay_on_torus(dims, shape)
+    order = itertools.product(*(range(size) for size in shape))
+    laid = np.empty(len(places), object)
+    laid[:] = [by_place[tuple(torus_coordinates(parts, index))] for index in order]
+    return laid.reshape(shape)
 
 
 def _slice_index(device: Any) -> int:

@@ -27,15 +27,29 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from meshwright.sharding.chips import CHIPS
 from meshwright.sharding.errors import TopologyError, did_you_mean
 
 __all__ = ["GPU_CHIPS", "TPU_CHIPS", "Topology"]
 
-TPU_CHIPS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+TPU_CHIPS = {name: chip.torus_dims for name, chip in CHIPS.items() if chip.kind == "tpu"}
 """TPU generations and the number of numbers their slice shape has (the torus dimensions)."""
 
-GPU_CHIPS = ("a100", "h100", "h200", "b200")
+GPU_CHIPS = tuple(name for name, chip in CHIPS.items() if chip.kind == "gpu")
 """GPU chips; their shape is hosts × GPUs a host."""
+
+_OTHER_NAMES = {
+    "v5": "v5p",
+    "v5litepod": "v5e",
+    "v5lite": "v5e",
+    "v6lite": "v6e",
+    "trillium": "v6e",
+    "v7": "tpu7x",
+    "v7x": "tpu7x",
+    "tpu7": "tpu7x",
+    "ironwood": "tpu7x",
+}
+"""What makers, clouds and other tools call a chip → what it is called here."""
 
 _FORMS = "local, cpu:8, v5e:4x4, v5p:4x4x8, v5p:4x4x8*2, h100:2x8"
 _SIMULATED_BY_DEFAULT = 8
@@ -80,9 +94,20 @@ class Topology:
         return self.chip  # type: ignore[return-value]  # parse admits no other chip
 
     @property
-    def device_count(self) -> int | None:
-        """Devices in all slices; None where only the machine can tell (auto, local)."""
+    def chip_count(self) -> int | None:
+        """Chips in all slices; None where only the machine can tell (auto, local)."""
         return math.prod(self.shape) * self.slices if self.shape else None
+
+    @property
+    def device_count(self) -> int | None:
+        """Devices in all slices, two a chip on tpu7x; None where only the machine can tell.
+
+        >>> Topology.parse("tpu7x:4x4x4").chip_count, Topology.parse("tpu7x:4x4x4").device_count
+        (64, 128)
+        """
+        if self.chip_count is None:
+            return None
+        return self.chip_count * (CHIPS[self.chip].devices_per_chip if self.chip in CHIPS else 1)
 
     @property
     def groups(self) -> int:
@@ -106,7 +131,7 @@ class Topology:
                 f"cannot read the topology `{text}`",
                 why="a topology is `local` or a chip, a colon and a shape",
                 fix=f"write it like one of {_FORMS}"
-                + (f"; {did_you_mean(word, chips)}" if word not in chips else ""),
+                + (f"; {_suggest(word, chips)}" if word not in chips else ""),
             )
         chip, shape_text, slices = found.groups()
         shape = tuple(int(size) for size in shape_text.split("x"))
@@ -120,7 +145,7 @@ class Topology:
             raise TopologyError(
                 f"cannot read the topology `{text}`",
                 why=f"`{chip}` is not a chip meshwright knows",
-                fix=did_you_mean(chip, ["local", *ranks]),
+                fix=_suggest(chip, ["local", *ranks]),
             )
         if len(shape) != ranks[chip]:
             raise TopologyError(
@@ -191,6 +216,13 @@ class Topology:
                 f" or start python with JAX_NUM_CPU_DEVICES={wanted}",
             )
         return found[:wanted]
+
+
+def _suggest(word: str, chips: list[str]) -> str:
+    """A suggestion for a chip that is not known: its other names first, then near misses."""
+    plain = re.split(r"[-_ ]", word.strip().lower())[0]
+    plain = _OTHER_NAMES.get(plain, plain)
+    return f"did you mean `{plain}`?" if plain in chips else did_you_mean(plain, chips)
 
 
 def _simulate(count: int, platform: str | None = None) -> None:

@@ -8,27 +8,16 @@ apart at 8k tokens, so both are here and the one shown is named:
 - causal: 6Ψ + 6·L·N·H·s, only the half that a causal mask keeps.
 
 Ψ counts the parameters that take part in matmuls: not an embedding that is only read, but a
-tied one does the logits. Peaks are dense bfloat16 from the makers' data sheets.
+tied one does the logits. Peaks are dense bfloat16 from the makers' data sheets, as
+`meshwright.sharding.chips` has them.
 """
 
 from __future__ import annotations
 
 from meshwright.models.config import ModelConfig, count_parameters
+from meshwright.sharding.chips import CHIPS, chip_of_device_kind
 
 __all__ = ["flops_per_token", "peak_flops"]
-
-_PEAK_BFLOAT16 = (
-    # (start of jax's device_kind, FLOP/s, source)
-    ("NVIDIA A100", 312e12, "NVIDIA A100 data sheet, 2021"),
-    ("NVIDIA H100", 989e12, "NVIDIA H100 SXM data sheet, 2023"),
-    ("NVIDIA H200", 989e12, "NVIDIA H200 SXM data sheet, 2024"),
-    ("NVIDIA B200", 2250e12, "NVIDIA HGX B200 data sheet, 2025"),
-    ("TPU v4", 275e12, "Google Cloud TPU v4 documentation"),
-    ("TPU v5 lite", 197e12, "Google Cloud TPU v5e documentation"),
-    ("TPU v5e", 197e12, "Google Cloud TPU v5e documentation"),
-    ("TPU v5", 459e12, "Google Cloud TPU v5p documentation"),
-    ("TPU v6", 918e12, "Google Cloud TPU v6e documentation"),
-)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = False) -> float:
@@ -54,4 +43,7 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("cpu") is None
     True
     """
-    return next((peak for kind, peak, _ in _PEAK_BFLOAT16 if device_kind.startswith(kind)), None)
+    chip = chip_of_device_kind(device_kind)
+    if chip is None and device_kind.startswith("NVIDIA A100") and "MIG" not in device_kind:
+        chip = CHIPS["a100"]  # every A100 board has the same tensor cores, whatever its memory
+    return chip.peak_flops["bf16"] if chip else None
