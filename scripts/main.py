@@ -5,8 +5,8 @@ program's, with no traceback. Any other exception is a bug of ours and keeps its
 verb's module is imported when the verb is asked for, and jax when it runs, so that help and
 wrong flags are answered at once.
 
-Exit codes: 0 done, 2 bad input, 3 stopped by non-finite loss, 4 checkpoint unusable, 130 and
-143 stopped by Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 a plan that does not fit or breaks its budget, 2 bad input, 3 stopped by
+non-finite loss, 4 checkpoint unusable, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ __all__ = ["EXTRAS", "VERBS", "main"]
 VERBS = {
     "train": ("train", "train a decoder language model, on one device or many"),
     "explain": ("explain", "show how a model's parameters would be laid out on a mesh"),
+    "plan": ("plan", "say what a run would hold, move and take on hardware that is not here"),
+    "calibrate": ("calibrate", "measure this machine's device for better plans"),
     "tokenize": ("tokenizer", "train a byte-pair tokenizer on a text"),
     "bench": ("bench", "measure this installation and print the numbers"),
 }

@@ -29,7 +29,15 @@ from meshwright.sharding.errors import PlacementError, RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import STANDARD, Rule, Rules, ShapeRule, Table
 
-__all__ = ["Decision", "Decisions", "check_mesh", "resolve", "resolve_dims"]
+__all__ = [
+    "Decision",
+    "Decisions",
+    "axes_of",
+    "check_mesh",
+    "entry_of",
+    "resolve",
+    "resolve_dims",
+]
 
 _NAMES_SHOWN = 3
 
@@ -273,7 +281,7 @@ class _Decider:
                 if axis in taken:
                     self._refuse_twice(leaf, axis, rules[taken[axis]], rule)
                 taken[axis] = index
-            entries.append(_as_entry(axes))
+            entries.append(entry_of(axes))
         splitting = [rule for rule in rules if rule and rule.axes]
         if splitting:
             text = ", ".join(str(rule) for rule in splitting)
@@ -369,7 +377,7 @@ class _Decider:
             self._refuse_shape(leaf, rule, parts)
         chosen = max(fitting, key=lambda index: leaf.shape[index])
         entries: list[Any] = [None] * len(leaf.shape)
-        entries[chosen] = _as_entry(rule.axes)
+        entries[chosen] = entry_of(rule.axes)
         text = f"dim {chosen} → {'+'.join(rule.axes)}"
         return self._found(entries, text, f"largest dim that divides, by {rule.source}")
 
@@ -393,18 +401,29 @@ class _Decider:
         trimmed = list(entries)
         while trimmed and trimmed[-1] is None:
             trimmed.pop()
-        axes = [axis for entry in trimmed if entry for axis in _as_tuple(entry)]
+        axes = [axis for entry in trimmed if entry for axis in axes_of(entry)]
         parts = math.prod(self._sizes[axis] for axis in axes)
         return PartitionSpec(*trimmed), rule, reason, parts
 
 
-def _as_entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """Axes as an entry of a PartitionSpec: one alone is written without a tuple."""
-    return axes if len(axes) > 1 else next(iter(axes), None)
+def entry_of(axes: Sequence[str]) -> str | tuple[str, ...] | None:
+    """Axes as an entry of a PartitionSpec: one alone is written without a tuple.
+
+    >>> entry_of(("data", "fsdp")), entry_of(("data",)), entry_of(())
+    (('data', 'fsdp'), 'data', None)
+    """
+    return tuple(axes) if len(axes) > 1 else next(iter(axes), None)
 
 
-def _as_tuple(entry: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The axes of an entry of a PartitionSpec; none for a dim that is whole.
+
+    >>> axes_of("data"), axes_of(None)
+    (('data',), ())
+    """
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _with_count(failures: Sequence[tuple[Leaf, PlacementError]]) -> PlacementError:
@@ -435,7 +454,7 @@ def _check_used(
         for decision in decisions
         for entry in decision.spec
         if entry
-        for axis in _as_tuple(entry)
+        for axis in axes_of(entry)
     }
     wanted = {axis: rule.source for rule in rules.table(table) for axis in rule.axes}
     shape_rule = rules.shape_rule(table)

@@ -242,7 +242,6 @@ class MeshSpec:
             MeshError: the sizes do not multiply to ``len(devices)``, or cannot be cut along
                 the hosts or slices the devices belong to.
         """
-        import jax
         import numpy as np
         from jax.experimental import mesh_utils
         from jax.sharding import AxisType, Mesh

@@ -13,24 +13,12 @@ from jax.sharding import PartitionSpec
 
 from meshwright.sharding.decisions import Decision, Decisions
 from meshwright.sharding.dims import format_dims, format_shape
+from meshwright.sharding.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["decision_json", "decisions_table", "format_bytes", "format_spec", "spec_json"]
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit.
-
-    >>> format_bytes(0), format_bytes(1536), format_bytes(80 * 2**30)
-    ('0 B', '1.5 KiB', '80.0 GiB')
-    """
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+__all__ = ["decision_json", "decisions_table", "format_spec", "spec_json"]
 
 
 def format_spec(spec: PartitionSpec) -> str:

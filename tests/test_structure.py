@@ -34,10 +34,20 @@ JAX_FREE = (
     "meshwright.sharding.errors",
     "meshwright.sharding.topology",
     "meshwright.sharding.mesh",
+    *(
+        f"meshwright.sharding.{name}"
+        for name in (
+            "aot", "aot_errors", "aot_program", "aot_wheels", "bounds", "budget", "calibration",
+            "chips", "collectives", "gpu_targets", "hlo", "hlo_cost", "hlo_cycles", "links",
+            "plan_cache", "plan_html", "plan_json", "plan_text", "plan_warnings", "planned",
+            "slices", "step_time", "units",
+        )
+    ),  # fmt: skip
     "meshwright.models.config",
     "meshwright.models.sizes",
     "meshwright.train.config",
     "meshwright.train.configfile",
+    "meshwright.train.estimate",
     *sorted(f"meshwright.scripts.{path.stem}" for path in MODULES if path.parent.name == "scripts"),
 )
 

@@ -26,7 +26,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from meshwright.models.hooks import cudnn_serves, dot_product
 from meshwright.sharding.rules import Rules
+from meshwright.train.config import TrainConfig
 
-__all__ = ["attention_of", "splash_attention"]
+__all__ = ["attention_of", "has_cudnn_wheel", "kernel_of", "splash_attention"]
 
 _LANES = 128  # the kernel's smallest block of queries or keys
 _BLOCK = 512  # its blocks where the length allows; a compromise of on-chip memory and reuse
@@ -66,10 +67,27 @@ def _by_platform(q: jax.Array, k: jax.Array, v: jax.Array, *, device: Any, **how
 
 def _has_cudnn(device: Any) -> bool:
     """Whether cuDNN calls can be compiled here: a live device has it, a plan needs the wheel."""
-    if device in jax.devices():
-        return True
+    return device in jax.devices() or has_cudnn_wheel()
+
+
+def has_cudnn_wheel() -> bool:
+    """Whether cuDNN is installed as a Python package, as the extra `cuda` does."""
     find = importlib.util.find_spec
     return find("nvidia") is not None and find("nvidia.cudnn") is not None
+
+
+def kernel_of(
+    config: TrainConfig, rules: Rules, kind: str
+) -> Literal["splash", "cudnn", "matmuls"]:
+    """The kernel a run uses on a family of hardware (`Topology.kind`); no jax devices needed."""
+    if config.data.mask_documents:
+        return "matmuls"
+    head_dim = config.model.head_dim
+    if kind == "tpu" and config.seq_len % _LANES == 0:
+        return "splash" if _spec(rules, "heads") == _spec(rules, "kv_heads") else "matmuls"
+    if kind == "gpu" and config.dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    return "matmuls"
 
 
 def splash_attention(

@@ -18,15 +18,24 @@ from meshwright.models.pure import Functional, functional
 from meshwright.sharding.decisions import Decisions
 from meshwright.sharding.errors import PlacementError, RunError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.report import decision_json, decisions_table, format_bytes, spec_json
+from meshwright.sharding.report import decision_json, decisions_table, spec_json
 from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout, resolve_layout
 from meshwright.train.optimizer import make_optimizer
 from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
 from meshwright.train.state import abstract_state
 
-__all__ = ["Totals", "explain", "explain_json", "gradients_of", "layout_of", "totals_of"]
+__all__ = [
+    "Totals",
+    "decisions_json",
+    "explain",
+    "explain_json",
+    "gradients_of",
+    "layout_of",
+    "totals_of",
+]
 
 _SCHEMA = "meshwright.explain/1"
 
@@ -135,20 +144,6 @@ def explain_json(
     config: TrainConfig, topology: str, layout: Layout, totals: Totals
 ) -> dict[str, Any]:
     """The same as a JSON document, ``schema`` first; specs list each dim's axes."""
-    parameters = []
-    gradients = gradients_of(layout, config.grad_accum)
-    for index, decision in enumerate(layout.masters):
-        working, reduced = layout.working.decisions[index], gradients.decisions[index]
-        row = decision_json(decision)
-        row["rule"] = working.rule if working.spec else decision.rule
-        row["reason"] = working.reason if working.spec else decision.reason
-        row["specs"] = {
-            "params": spec_json(working.spec),
-            "gradients": spec_json(reduced.spec),
-            "optimizer": spec_json(decision.spec),
-        }
-        del row["spec"]
-        parameters.append(row)
     return {
         "schema": _SCHEMA,
         "model": config.model.name,
@@ -163,9 +158,28 @@ def explain_json(
             "optimizer_bytes": totals.optimizer_bytes,
             "state_bytes": totals.state_bytes,
         },
-        "decisions": parameters,
+        "decisions": decisions_json(layout, config.grad_accum),
         "optimizer_state": [decision_json(decision) for decision in layout.moments],
     }
+
+
+def decisions_json(layout: Layout, grad_accum: int) -> list[dict[str, Any]]:
+    """The decision on each parameter as JSON, with its spec in each role."""
+    rows = []
+    gradients = gradients_of(layout, grad_accum)
+    for index, decision in enumerate(layout.masters):
+        working, reduced = layout.working.decisions[index], gradients.decisions[index]
+        row = decision_json(decision)
+        row["rule"] = working.rule if working.spec else decision.rule
+        row["reason"] = working.reason if working.spec else decision.reason
+        row["specs"] = {
+            "params": spec_json(working.spec),
+            "gradients": spec_json(reduced.spec),
+            "optimizer": spec_json(decision.spec),
+        }
+        del row["spec"]
+        rows.append(row)
+    return rows
 
 
 def _mesh_without_devices(config: TrainConfig) -> tuple[Topology, MeshSpec]:

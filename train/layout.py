@@ -28,7 +28,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from meshwright.sharding.decisions import Decisions, check_mesh, resolve
+from meshwright.sharding.decisions import Decisions, axes_of, check_mesh, entry_of, resolve
 from meshwright.sharding.dims import describe, describe_optimizer
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
@@ -61,7 +61,9 @@ class Layout:
 
         Partial gradients can be kept apart over these until a step reduces them once.
         """
-        split = {axis for decision in gradients for entry in decision.spec for axis in _axes(entry)}
+        split = {
+            axis for decision in gradients for entry in decision.spec for axis in axes_of(entry)
+        }
         rows = self.rules.lookup("activations", "batch")
         return tuple(axis for axis in (rows.axes if rows else ()) if axis not in split)
 
@@ -109,14 +111,8 @@ def without_axes(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
     """
     entries: list[Any] = []
     for entry in spec:
-        kept = tuple(axis for axis in _axes(entry) if axis not in axes)
-        entries.append(kept if len(kept) > 1 else kept[0] if kept else None)
+        kept = tuple(axis for axis in axes_of(entry) if axis not in axes)
+        entries.append(entry_of(kept))
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)

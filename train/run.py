@@ -30,8 +30,9 @@ from meshwright.sharding.errors import (
     ConfigError,
     MissingExtraError,
 )
-from meshwright.sharding.report import decisions_table, format_bytes
+from meshwright.sharding.report import decisions_table
 from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
 from meshwright.train.checkpoint import Checkpoints
 from meshwright.train.config import TrainConfig
 from meshwright.train.configfile import dump

@@ -244,7 +244,7 @@ def refuse(what: str, path: Path, error: Exception, needed: int | None = None) -
             fix="check that the folder is writable, or use another --out",
         )
     # Only here, where seconds no longer matter: it imports jax.
-    from meshwright.sharding.report import format_bytes
+    from meshwright.sharding.units import format_bytes
 
     free = shutil.disk_usage(_existing_parent(path)).free
     takes = f"it takes up to {format_bytes(needed)}, " if needed is not None else ""

@@ -6,12 +6,14 @@ program; microbatches and layers are loops inside it. Nothing here has side effe
 **Weights** are cast and gathered where they are read, and their gradients reduced, as
 `meshwright.train.weights` says.
 
-**Microbatches.** With gradient accumulation every device keeps the partial sums of its own
-tokens and they are reduced once a step, over all axes no accumulator is split over. GSPMD has no
-notion of "not yet reduced", so the partial sums are made explicit: a leading dim of the size of
-those axes, split over them, mapped by ``vmap``. Locally it is a dim of one. The alternative,
-``shard_map`` around the loss, would change the meaning of user code (every mean becomes a local
-mean) and nest badly with the manual regions of ring attention and pipelines.
+**Replicas.** GSPMD has no notion of "not yet reduced": left to itself it sums a gradient over all
+data axes at once, where it appears, and sums twice a weight that is read twice. So each device's
+partial sums are made explicit: the rows of a batch get a leading dim of the size of the axes that
+split them, mapped by ``vmap``; locally it is a dim of one. The model sees its own rows only, and
+a gradient leaves the mapped region through the reduction of `meshwright.train.weights`. With
+several microbatches the axes that no accumulator is split over are mapped further out, and summed
+over once a step. The alternative, ``shard_map`` around the loss, would make the axes of the layers
+manual too, and nest badly with ring attention and pipelines.
 
 **Normalisation.** Sums are divided by the global weight of the batch, known before the loop, so
 the result does not depend on how rows are dealt to devices or microbatches.
@@ -40,7 +42,7 @@ from meshwright.train.config import GuardConfig, LossConfig
 from meshwright.train.layout import Layout
 from meshwright.train.loss import token_loss_sum
 from meshwright.train.state import TrainState
-from meshwright.train.weights import Weights
+from meshwright.train.weights import Reductions, Weights
 
 __all__ = [
     "Batch",
@@ -192,11 +194,11 @@ def gradients(
     microbatches, rows = batch["tokens"].shape[:2]
     tokens = jnp.sum(batch["weights"])
     scale = 1.0 / jnp.maximum(tokens, 1.0)
-    deferred = _deferred(spec, microbatches)
     once = microbatches == 1
-    weights = _weights(spec, deferred, final=once)
+    apart, now = _replica_axes(spec, microbatches)
+    weights = _weights(spec, Reductions(now=now, apart=apart), final=once)
     working = weights.working(params)
-    inner = constrain.without(deferred) if deferred else constrain
+    inner = constrain.without((*apart, *now))
 
     def one(rows: Batch) -> tuple[Any, jax.Array]:
         def scaled(working: Any) -> tuple[jax.Array, jax.Array]:
@@ -206,9 +208,12 @@ def gradients(
         grads, plain = jax.grad(scaled, has_aux=True)(working)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), plain
 
-    if deferred:
-        one = jax.vmap(one, spmd_axis_name=deferred, out_axes=(None, 0) if once else 0)
-        batch = _by_replica(spec, batch, deferred, rows)
+    if now:
+        one = jax.vmap(one, spmd_axis_name=now, out_axes=(None, 0))
+    if apart:
+        one = jax.vmap(one, spmd_axis_name=apart)
+    if apart or now:
+        batch = _by_replica(spec, batch, (apart, now), rows)
     if once:
         grads, plain = one(jax.tree.map(lambda x: x[0], batch))
         return weights.into_masters(grads), jnp.sum(plain), tokens
@@ -219,11 +224,11 @@ def gradients(
         return (weights.accumulated(summed[0]), summed[1]), None
 
     zeros = weights.zero_accumulators(params)
-    plain0 = jnp.zeros([_size(spec.mesh, deferred)] if deferred else [], jnp.float32)
+    plain0 = jnp.zeros([_size(spec.mesh, axes) for axes in (apart, now) if axes], jnp.float32)
     (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
-    if deferred:
-        grads, plain = jax.tree.map(lambda x: jnp.sum(x, axis=0), (grads, plain))
-    return weights.into_masters(grads), plain, tokens
+    if apart:
+        grads = jax.tree.map(lambda x: jnp.sum(x, axis=0), grads)
+    return weights.into_masters(grads), jnp.sum(plain), tokens
 
 
 def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedSharding]:
@@ -276,55 +281,61 @@ def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.
     return good
 
 
-def _deferred(spec: StepSpec, microbatches: int) -> tuple[str, ...]:
-    """Axes whose partial gradients are kept apart; none where there is nothing to save.
+def _replica_axes(spec: StepSpec, microbatches: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split rows, by when gradients are summed over them.
 
-    With several microbatches, until the end of the step. With one, until a layer's gradient is
-    reduce-scattered over the other axes that split tokens: the rest then reduces shards only,
-    where the partitioner by itself would all-reduce whole gradients over all axes at once.
+    Returns:
+        (apart, now): over the first a device's sums are kept apart until the end of the step,
+        over the second they are reduced as soon as a layer's gradient is there.
     """
     layout = spec.layout
-    if microbatches > 1:
-        axes = layout.unreduced_axes(layout.reduced)
-        return axes if _size(spec.mesh, axes) > 1 else ()
-    axes = layout.unreduced_axes(layout.masters)
-    others = [axis for axis in layout.rules.token_axes() if axis not in axes]
-    return axes if _size(spec.mesh, axes) > 1 and _size(spec.mesh, others) > 1 else ()
+    rows = layout.rules.lookup("activations", "batch")
+    split = tuple(axis for axis in (rows.axes if rows else ()) if spec.mesh.shape[axis] > 1)
+    apart = layout.unreduced_axes(layout.reduced) if microbatches > 1 else ()
+    return (
+        tuple(axis for axis in split if axis in apart),
+        tuple(axis for axis in split if axis not in apart),
+    )
 
 
 def _size(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _by_replica(spec: StepSpec, batch: Batch, deferred: tuple[str, ...], rows: int) -> Batch:
-    """[m, rows, …] → [m, replicas, rows/replicas, …] without moving a row between devices.
+def _by_replica(
+    spec: StepSpec, batch: Batch, groups: tuple[tuple[str, ...], tuple[str, ...]], rows: int
+) -> Batch:
+    """[m, rows, …] → [m, replicas of each group, rows of one, …], moving no row between devices.
 
-    Rows are split over all batch axes, major to minor; the deferred ones become the new dim.
+    Rows are split over all batch axes, major to minor; every group's axes become one dim. A group
+    of no axes gets no dim.
     """
-    axes, length = (
-        rule.axes if rule else ()
-        for rule in (spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length"))
+    batch_rule, length = (
+        spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length")
     )
+    axes = batch_rule.axes if batch_rule else ()
     sizes = [spec.layout.mesh.sizes[axis] for axis in axes]
-    order = [axis for axis in axes if axis in deferred]
-    kept = [axis for axis in axes if axis not in deferred]
-    moved = [1 + axes.index(axis) for axis in (*order, *kept)]
+    named = [group for group in groups if group]
+    order = [axis for group in named for axis in group]
+    rest = [axis for axis in axes if axis not in order]  # of size one
+    moved = [1 + axes.index(axis) for axis in (*order, *rest)]
+    replicas = [_size(spec.mesh, group) for group in named]
 
     def one(x: jax.Array) -> jax.Array:
         tail = x.shape[2:]
         local = rows // _size(spec.mesh, axes)
         cube = x.reshape(x.shape[0], *sizes, local, *tail)
-        rank = cube.ndim
-        rest = range(1 + len(sizes), rank)
-        cube = cube.transpose(0, *moved, *rest)
-        replicas = _size(spec.mesh, order)
-        out = cube.reshape(x.shape[0], replicas, rows // replicas, *tail)
-        split = PartitionSpec(None, tuple(order), tuple(kept) or None, length or None)
+        cube = cube.transpose(0, *moved, *range(1 + len(sizes), cube.ndim))
+        out = cube.reshape(x.shape[0], *replicas, local, *tail)
+        split = PartitionSpec(None, *named, None, length.axes or None if length else None)
         return jax.lax.with_sharding_constraint(out, NamedSharding(spec.mesh, split))
 
     return jax.tree.map(one, batch)
 
 
-def _weights(spec: StepSpec, deferred: tuple[str, ...] = (), *, final: bool = False) -> Weights:
+def _weights(
+    spec: StepSpec, reductions: Reductions | None = None, *, final: bool = False
+) -> Weights:
     shapes = spec.model.shapes
-    return Weights(spec.layout, shapes, spec.mesh, spec.compute_dtype, deferred, final=final)
+    how = reductions or Reductions()
+    return Weights(spec.layout, shapes, spec.mesh, spec.compute_dtype, how, final=final)

@@ -9,9 +9,11 @@ constraint is the same constraint, the *gathered* layout. Per-layer weights are 
 layer loop, inside rematerialisation, so a gathered layer lives for one layer only and is gathered
 again in the backward pass.
 
-**Hybrid data axes.** A gradient is reduce-scattered over the axes that split its weight, and only
-those shards are all-reduced over the others, layer by layer: ρ(s)Ψ + 2ρ(r)Ψ/s bytes an element,
-where reducing over all of them at once, as the partitioner does by itself, moves 2ρ(rs)Ψ.
+**Reductions.** A gradient is reduce-scattered over the axes that split its weight, and only those
+shards are all-reduced over the others, layer by layer: ρ(s)Ψ + 2ρ(r)Ψ/s bytes an element, where
+reducing over all of them at once moves 2ρ(rs)Ψ. The sums of separate devices arrive here as a
+mapped dim of the caller's, so the reduction can be written down as the collectives it should be;
+left to the partitioner, some weights were all-reduced and then sliced.
 
 Each use carries a name scope, so that whoever reads the compiled program knows whose bytes move.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,12 +31,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import Remat
 from meshwright.models.hooks import scan_layers
+from meshwright.sharding.decisions import axes_of
 from meshwright.train.layout import Layout
 
-__all__ = ["LAYERS", "Weights", "scope_of"]
+__all__ = ["LAYERS", "Reductions", "Weights", "scope_of"]
 
 LAYERS = "layers"
 """The key of the parameters that are stacked and scanned."""
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """Axes that split the rows of a batch and that a step maps over.
+
+    Attributes:
+        now: gradients are summed over these where they appear.
+        apart: each device's sums are kept apart along these until the end of the step.
+    """
+
+    now: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 class Weights:
@@ -44,7 +61,7 @@ class Weights:
         shapes: the parameters' shapes, of their structure.
         mesh: built mesh.
         dtype: compute dtype.
-        deferred: axes whose partial gradients are kept apart, a mapped dim of the caller's.
+        reductions: which axes the caller has mapped over, and which gradients are summed over.
         final: gradients go straight into the masters' layout (a step of one microbatch).
     """
 
@@ -54,12 +71,11 @@ class Weights:
         shapes: Any,
         mesh: Mesh,
         dtype: Any,
-        deferred: tuple[str, ...] = (),
+        reductions: Reductions,
         *,
         final: bool = False,
     ) -> None:
-        self.mesh, self.dtype, self.deferred = mesh, dtype, deferred
-        self.reduce_shards = bool(deferred) and final
+        self.mesh, self.dtype, self.reductions = mesh, dtype, reductions
         self.working_specs = layout.working.specs(shapes)
         self.master_specs = layout.masters.specs(shapes)
         self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
@@ -73,7 +89,10 @@ class Weights:
         """
 
         def one(master: jax.Array, spec: PartitionSpec, held: PartitionSpec) -> jax.Array:
-            return master if spec == held else self._put(master.astype(self.dtype), spec)
+            if spec == held:
+                return master
+            # Held where it is first: the partitioner may otherwise gather before the cast.
+            return self._put(self._put(master.astype(self.dtype), held), spec)
 
         return jax.tree.map(one, masters, self.working_specs, self.master_specs)
 
@@ -103,8 +122,8 @@ class Weights:
         """Float32 zeros in the accumulators' layout, with the leading dim of replicas."""
 
         def one(param: jax.Array) -> jax.Array:
-            replicas = math.prod(self.mesh.shape[axis] for axis in self.deferred)
-            lead = [replicas] if self.deferred else []
+            apart = self.reductions.apart
+            lead = [math.prod(self.mesh.shape[axis] for axis in apart)] if apart else []
             return jnp.zeros([*lead, *param.shape], jnp.float32)
 
         return self.accumulated(jax.tree.map(one, params))
@@ -113,7 +132,8 @@ class Weights:
         """Hold accumulators to their layout inside the loop."""
 
         def one(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-            full = PartitionSpec(self.deferred, *spec) if self.deferred else spec
+            apart = self.reductions.apart
+            full = PartitionSpec(apart, *spec) if apart else spec
             return self._put(grad, full)
 
         return jax.tree.map(one, grads, self.reduced_specs)
@@ -126,9 +146,7 @@ class Weights:
         def one(path: Any, *leaf: Any) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             name = f"{parent}/{name}" if parent else name
-            # The name goes into the compiled program, where a plan reads whose bytes move.
-            with jax.named_scope(scope_of(name)):
-                return self._use_one(*leaf)
+            return self._use_one(*leaf, scope_of(name))
 
         return jax.tree_util.tree_map_with_path(one, weights, working, compute, reduced)
 
@@ -138,6 +156,7 @@ class Weights:
         working: PartitionSpec,
         compute: PartitionSpec,
         reduced: PartitionSpec,
+        scope: str,
     ) -> jax.Array:
         stored = weight.dtype
 
@@ -145,34 +164,69 @@ class Weights:
         def use(weight: jax.Array) -> jax.Array:
             # Held where it is first: the partitioner may otherwise gather before the cast, at
             # twice the bytes.
-            return self._put(self._put(weight.astype(self.dtype), working), compute)
+            with jax.named_scope(scope):
+                return self._put(self._put(weight.astype(self.dtype), working), compute)
 
         def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
-            # Through the compute layout first: the partitioner then sums each device's partial
-            # gradient and keeps its part of the sum, a reduce-scatter. Asked for the reduced
-            # layout alone, it may instead reshard what the gradient is computed from.
-            shard = self._put(self._put(grad, compute), reduced)
-            return (self._over_replicas(shard, reduced).astype(stored),)
+            # Through the compute layout first: the partitioner then sums what is left to it
+            # where the gradient is, and does not reshard what it is computed from.
+            with jax.named_scope(scope):
+                held = self._put(grad, compute)
+                return (self._reduced(held, compute, reduced, scope).astype(stored),)
 
         use.defvjp(lambda weight: (use(weight), None), backward)
         return use(weight)
 
-    def _over_replicas(self, shard: jax.Array, reduced: PartitionSpec) -> jax.Array:
-        """Sum a gradient's shards over the deferred axes here, inside the layer loop."""
-        if not self.reduce_shards:
-            return shard
+    def _reduced(
+        self, grad: jax.Array, compute: PartitionSpec, reduced: PartitionSpec, scope: str
+    ) -> jax.Array:
+        """Sum a gradient over the mapped axes and the rest, into its reduced layout."""
+        now = self.reductions.now
+        if not now:
+            return self._put(grad, reduced)
 
         @jax.custom_batching.custom_vmap
-        def one(shard: jax.Array) -> jax.Array:
-            return shard
+        def over_replicas(grad: jax.Array) -> jax.Array:
+            return grad
 
-        @one.def_vmap
-        def _(size: int, batched: Any, shards: jax.Array) -> tuple[jax.Array, bool]:
-            del size, batched
-            # jnp.sum would widen to float32 first, and so double what crosses the wire.
-            return self._put(jax.lax.reduce_sum(shards, (0,)), reduced), False
+        @over_replicas.def_vmap
+        def _(size: int, batched: Any, grads: jax.Array) -> tuple[jax.Array, bool]:
+            if not batched[0]:
+                grads = jnp.broadcast_to(grads, (size, *grads.shape))
+            with jax.named_scope(scope):
+                return self._put(self._collect(grads, compute, reduced), reduced), False
 
-        return one(shard)
+        return over_replicas(grad)
+
+    def _collect(
+        self, grads: jax.Array, compute: PartitionSpec, reduced: PartitionSpec
+    ) -> jax.Array:
+        """Scatter the sum over the axes that split a dim of the result, all-reduce the others."""
+        now = self.reductions.now
+        scattered = {
+            dim: axes
+            for dim, entry in enumerate(reduced)
+            if (axes := tuple(axis for axis in axes_of(entry) if axis in now))
+        }
+        whole = tuple(axis for axis in now if not any(axis in axes for axes in scattered.values()))
+
+        def local(grads: jax.Array) -> jax.Array:
+            grad = jax.lax.squeeze(grads, (0,))
+            for dim, axes in scattered.items():
+                grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+            return jax.lax.psum(grad, whole) if whole else grad
+
+        split = [axes_of(entry) for entry in (*compute, *[None] * (grads.ndim - 1 - len(compute)))]
+        for dim, axes in scattered.items():
+            split[dim] = (*split[dim], *axes)
+        out = PartitionSpec(*(axes or None for axes in split))
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(now, *compute),
+            out_specs=out,
+            check_vma=False,
+        )(grads)
 
     def _put(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -1,0 +1,280 @@
+"""What a device holds at the fullest moment of a train step, by closed form.
+
+The state is exact: masters, moments and the placed batch are sums of leaves, equal to what
+``explain`` says and to the argument bytes of the compiled step. The rest is a small model of the
+step's program, one sum a moment, of which the largest is the peak:
+
+``loss``      the forward pass is over: every layer's kept activations, float32 logits and their
+              gradient in the compute dtype, the embedding and head as matmuls read them.
+``backward``  a layer's backward pass: all kept activations, the float32 gradients of all layers
+              (one array from the first layer on), and a *window* of what one layer needs at
+              once: its gathered weights and those of the next, its whole gradients before they
+              are reduced, its recomputed activations and, without a fused kernel, its scores.
+``update``    nothing but the gradients; new parameters and moments replace the old in place.
+
+Outputs alias the donated state, so they are not counted twice. Which temporaries a compiler
+keeps at once is its schedule's business and the part of this model that can be wrong; each count
+of copies below says what they are. `MARGIN` is what a verdict should leave free for that.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from meshwright.sharding.planned import MemoryEstimate
+from meshwright.train.estimate_placement import Placement
+from meshwright.train.shapes import kept_activations
+
+__all__ = ["COUNTER_BYTES", "MARGIN", "StateBytes", "memory_of", "safely_fits", "state_of"]
+
+MARGIN = 0.1
+"""Share of a chip's limit that a plan judged by formulas should leave free: the worst error
+allowed of `memory_of` against compilers."""
+
+COUNTER_BYTES = 4 * 4 + 8
+"""Of a train state besides parameters and optimizer: four scalars and the key."""
+
+_LANES = 128  # a TPU pads the last dim of an array to the lanes of a register
+
+
+class StateBytes(NamedTuple):
+    """Bytes on each device between and during steps, exact.
+
+    Attributes:
+        parameters: float32 masters.
+        working: the compute-dtype copy of those whose working layout differs.
+        gradients: float32 accumulators, or gradients as they reach the optimizer.
+        optimizer: moments and counters.
+        batch: the placed batch.
+    """
+
+    parameters: int
+    working: int
+    gradients: int
+    optimizer: int
+    batch: int
+
+
+class _Sizes(NamedTuple):
+    """Bytes on a device of what the moments are made of."""
+
+    stream: float  # one activation of the residual stream, A
+    inputs: float  # every layer's input
+    kept: float  # what layers keep besides
+    hidden: float  # one activation of the MLP's width
+    scores: float  # elements of one layer's scores
+    logits: float  # elements
+    layer: float  # one layer's weights as matmuls read them
+    mlp_weight: float  # one of its MLP matrices
+    table: float  # embedding, or head, as matmuls read them
+    layers_gradients: float  # of all layers, as the backward pass collects them
+    head_gradient: float  # reduced; of a head of its own
+    gathers: bool
+    casts: float  # all layers' weights in the compute dtype, still split as the masters
+
+
+def state_of(placement: Placement, itemsize: int) -> StateBytes:
+    """The exact part: equal to `meshwright.train.explain.totals_of`, and the batch.
+
+    Args:
+        placement: from `meshwright.train.estimate_placement.place`.
+        itemsize: of the compute dtype.
+    """
+    config, parts = placement.config, placement.parts
+    many = config.grad_accum > 1
+    parameters = working = gradients = 0
+    for group, masters, held, _, reduced, _, copied, _ in placement.groups:
+        parameters += 4 * group.elements // parts(masters)
+        gradients += 4 * group.elements // parts(reduced if many else masters)
+        if copied:
+            working += itemsize * group.elements // parts(held)
+    optimizer = sum([4 * group.elements // parts(axes) for group, axes in placement.moments])
+    arrays = 5 if config.data.mask_documents else 3
+    batch = arrays * 4 * placement.tokens * config.grad_accum
+    return StateBytes(parameters, working, gradients, optimizer, batch)
+
+
+def safely_fits(memory: MemoryEstimate) -> bool | None:
+    """Whether an estimated peak fits with `MARGIN` to spare; None where it or the limit is unknown.
+
+    >>> safely_fits(MemoryEstimate(0, 0, 0, 0, 0, 0, peak_bytes=95, limit_bytes=100))
+    False
+    """
+    if memory.peak_bytes is None or memory.limit_bytes is None:
+        return None
+    return memory.peak_bytes <= (1 - MARGIN) * memory.limit_bytes
+
+
+def memory_of(
+    placement: Placement,
+    *,
+    itemsize: int,
+    fused_attention: bool,
+    kind: Literal["tpu", "gpu"] = "tpu",
+    limit_bytes: int | None = None,
+) -> MemoryEstimate:
+    """Bytes one device holds, and at its peak.
+
+    Args:
+        placement: from `meshwright.train.estimate_placement.place`.
+        itemsize: of the compute dtype.
+        fused_attention: see `meshwright.train.estimate.estimate`.
+        kind: whose compiler; they keep different copies.
+        limit_bytes: of the chip.
+    """
+    state = state_of(placement, itemsize)
+    sizes = _sizes(placement, itemsize, fused_attention, kind)
+    moments = {
+        "loss": _loss(placement, sizes, itemsize, kind),
+        "backward": _backward(placement, sizes, itemsize, fused_attention, kind),
+        "update": {"gradients": float(state.gradients)},
+    }
+    if placement.config.grad_accum > 1:
+        for moment in ("loss", "backward"):
+            moments[moment]["accumulators"] = float(state.gradients)
+    largest = max(moments.values(), key=lambda parts: sum(parts.values()))
+    held = state.parameters + state.optimizer + state.batch + COUNTER_BYTES
+    peak = held + state.working + sum(largest.values())
+    activations = sum(largest.get(name, 0.0) for name in ("layer inputs", "kept activations"))
+    gradients = sum(largest.get(name, 0.0) for name in ("gradients", "accumulators"))
+    named = {
+        "float32 parameters": state.parameters,
+        "optimizer state": state.optimizer,
+        "batch": state.batch,
+        "working copy": state.working,
+        **largest,
+    }
+    ranked = sorted(((name, round(size)) for name, size in named.items() if size >= 1))
+    return MemoryEstimate(
+        parameters_bytes=state.parameters + state.working,
+        gradients_bytes=round(gradients),
+        optimizer_bytes=state.optimizer + COUNTER_BYTES,
+        batch_bytes=state.batch,
+        activations_bytes=round(activations),
+        temporaries_bytes=round(sum(largest.values()) - activations - gradients),
+        peak_bytes=round(peak),
+        limit_bytes=limit_bytes,
+        contributors=tuple(sorted(ranked, key=lambda item: -item[1])),
+    )
+
+
+def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Sizes:
+    model = placement.config.model
+    tokens, split, parts = placement.tokens, placement.split, placement.parts
+    kept, lanes = 0.0, _LANES if kind == "tpu" else 1
+    length = placement.config.seq_len
+    for found in kept_activations(
+        model, itemsize=itemsize, fused_attention=fused, length=length, lanes=lanes
+    ):
+        share = 1
+        for dim in found.dims:
+            share *= split(dim)
+        kept += found.elements * found.itemsize / share
+    layer = layers_gradients = head_gradient = casts = 0.0
+    gathers = False
+    for group, _, working, compute, reduced, _, copied, gathered in placement.groups:
+        # Gradients have the dtype of what was differentiated: masters, or the working copy.
+        width = itemsize if copied else 4
+        gradient = group.elements / parts(reduced) * width
+        if group.layered:
+            layer += group.elements / parts(compute) * itemsize / model.layers
+            layers_gradients += gradient
+            casts += group.elements / parts(working) * itemsize * (not copied)
+            gathers |= gathered
+        elif not model.tied and dict(group.dims).get("vocab"):
+            head_gradient += gradient / group.leaves
+    if model.remat == "none" and not gathers:
+        # Nothing makes the loop compute the casts again, so the cast weights are kept too.
+        kept += layer / tokens
+    embed = tokens * model.embed * itemsize
+    return _Sizes(
+        stream=embed,
+        inputs=model.layers * embed,
+        kept=model.layers * tokens * kept,
+        hidden=tokens * model.mlp / split("mlp") * itemsize,
+        scores=tokens * length * model.heads / split("heads"),
+        logits=tokens * model.vocab_size / split("vocab"),
+        layer=layer,
+        mlp_weight=model.embed * model.mlp / split("mlp") * itemsize,
+        table=model.embed * model.vocab_size / split("vocab") * itemsize,
+        layers_gradients=layers_gradients,
+        head_gradient=head_gradient,
+        gathers=gathers,
+        casts=casts if itemsize < 4 else 0.0,
+    )
+
+
+def _loss(placement: Placement, sizes: _Sizes, itemsize: int, kind: str) -> dict[str, float]:
+    """Where the logits are: their gradient's matmuls, the first of the backward pass."""
+    found = {"layer inputs": sizes.inputs, "kept activations": sizes.kept}
+    if kind == "tpu":
+        # The gradient of the logits is made from them inside both matmuls that read it; the
+        # head's gradient is written while its weights still wait for the other one. Casts of
+        # the layers' weights leave the loop.
+        found["logits"] = 4 * sizes.logits
+        found["head and its gradient"] = 2 * sizes.table
+        found["cast weights"] = sizes.casts
+        found["window"] = 3 * sizes.stream
+    else:
+        found["logits"] = (4 + itemsize) * sizes.logits
+        found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
+        found["window"] = 4 * sizes.stream
+    return found
+
+
+def _backward(
+    placement: Placement, sizes: _Sizes, itemsize: int, fused: bool, kind: str
+) -> dict[str, float]:
+    model = placement.config.model
+    found = {
+        "layer inputs": sizes.inputs,
+        "kept activations": sizes.kept,
+        "gradients": sizes.layers_gradients,
+        # The embedding's gradient, whole: a scatter into zeros before it is reduced.
+        "embedding's gradient": sizes.table,
+    }
+    if kind == "gpu":
+        if not model.tied:
+            # The head's weight gradient is put off, so the gradient of the logits stays.
+            found["logits' gradient"] = sizes.logits * itemsize
+        if sizes.gathers:
+            # Masters whose split dim is their last are laid out anew before the gathers.
+            found["transposed masters"] = _last_dim_masters(placement)
+    else:
+        found["head's gradient"] = sizes.head_gradient
+    if not fused:
+        # Scores and their gradient in float32, and both again in the compute dtype.
+        found["scores"] = sizes.scores * 2 * (4 + itemsize)
+        if model.remat == "none":
+            # The kept ones of all layers are two arrays, and around arrays of that size the
+            # heap is packed with a hole as large as one.
+            found["scores"] += 4 * sizes.scores * model.layers
+    recomputed = 0 if model.remat == "none" else 2
+    if kind == "tpu":
+        found["cast weights"] = sizes.casts
+    recomputed = 0 if model.remat == "none" else 2
+    matrices = 3 if model.activation == "swiglu" else 2
+    attention = sizes.layer - matrices * sizes.mlp_weight
+    # An all-reduce between MLP and attention keeps a scheduler from mixing the two.
+    streams = 4 if placement.split("mlp") > 1 else 8
+    found["window"] = (
+        attention
+        + 2 * sizes.mlp_weight  # gradients of gate and up, not reduced yet
+        + recomputed * sizes.hidden
+        + streams * sizes.stream  # float32 norms and their gradients, and the compute dtype's
+    )
+    return found
+
+
+def _last_dim_masters(placement: Placement) -> float:
+    """Float32 masters of attention's output and the MLP's last matmul, all layers."""
+    model = placement.config.model
+    queries = model.heads * model.head_dim
+    total = 0.0
+    for group, masters, *_ in placement.groups:
+        names = {name for name, _ in group.dims}
+        if group.layered and {"embed", "mlp"} <= names or {"embed", "heads"} <= names:
+            own = model.mlp if "mlp" in names else queries
+            one = model.layers * model.embed * own
+            total += 4 * one / placement.parts(masters)
+    return total

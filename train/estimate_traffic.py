@@ -1,0 +1,234 @@
+"""What a train step puts on the wire, by closed form: its collectives, and the least it could.
+
+Composed leaf group by leaf group from the layouts, as the step does it (`meshwright.train.step`):
+
+**Weights** cross in the compute dtype. Once a step where the working copy differs from the
+masters (ZeRO-1 and -2). Then, where tokens split what the working copy splits (FSDP), once for
+each use: a layer's in the forward pass and again in the backward pass, under every remat policy,
+since gathered weights are never kept; the embedding and the head once a microbatch.
+
+**Gradients** cross where they leave a layer's backward pass, in the compute dtype, into the
+layout they are kept in: a reduce-scatter over the axes that split that layout, then an
+all-reduce of the rest over the other token axes (FSDP with data parallelism: 2ρ(r)β_gΨ/s). Axes
+that no accumulator is split over are put off to the end of a step with several microbatches and
+cross once, in float32, the accumulators' dtype.
+
+**Activations** cross the axes that split heads, MLP and vocabulary: see
+`meshwright.sharding.bounds.tensor_layer_bytes` and `vocabulary_bytes`.
+
+**Scalars**: loss and token count over the token axes, the gradient norm over those of the masters.
+
+The lower bound is the sum of these same terms: they are what this model, mesh and strategy cannot
+do without. What a step is *known* to move besides is in the expected collectives only. Bytes of a
+collective over several axes are shared out by `meshwright.sharding.bounds.axis_shares`.
+"""
+
+from __future__ import annotations
+
+from meshwright.sharding.bounds import axis_shares, wire_bytes
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.planned import Collective, Kind, Phase
+from meshwright.sharding.rules import Rules
+from meshwright.train.config import TrainConfig
+from meshwright.train.estimate_placement import Axes, PlacedGroup, Placement, place
+
+__all__ = ["by_axis", "expected_collectives", "lower_bounds"]
+
+_DTYPES = {2: "bf16", 4: "f32"}
+_LOSS_SCALARS = 2  # the summed loss and the counted tokens
+_TOKEN_SCALARS = 3  # of the cross-entropy: maximum, sum of exponentials, the target's logit
+
+
+def lower_bounds(
+    config: TrainConfig, mesh: MeshSpec, rules: Rules, compute_itemsize: int
+) -> dict[str, float]:
+    """The least bytes a device must send over each mesh axis in a step of this plan.
+
+    Args:
+        config: the run.
+        mesh: filled mesh.
+        rules: from `meshwright.train.parallelism.choose_rules`.
+        compute_itemsize: bytes of an element of the compute dtype.
+
+    Returns:
+        Bytes by axis, every axis of the mesh; 0 for one of size 1.
+
+    Raises:
+        PlacementError: the plan cannot be placed.
+
+    >>> from meshwright.models.config import named
+    >>> from meshwright.train.parallelism import choose_rules
+    >>> config = TrainConfig(named("llama3-8b"), batch_size=64, seq_len=8192)
+    >>> mesh = MeshSpec.parse("fsdp=64")
+    >>> bound = lower_bounds(config, mesh, choose_rules(config, mesh), 2)
+    >>> round(bound["fsdp"] / 1e9, 1)  # 6ρΨ, less the second gather of embedding and head
+    45.4
+    """
+    placement = place(config, mesh, rules)
+    return by_axis(placement, expected_collectives(placement, compute_itemsize))
+
+
+def by_axis(placement: Placement, collectives: tuple[Collective, ...]) -> dict[str, float]:
+    """Wire bytes of collectives by mesh axis, those over several axes shared out."""
+    total = dict.fromkeys(placement.sizes, 0.0)
+    for found in collectives:
+        if len(found.axes) == 1:
+            total[found.axes[0]] += found.wire_bytes
+            continue
+        shares = axis_shares([placement.sizes[axis] for axis in found.axes])
+        for axis, share in zip(found.axes, shares, strict=True):
+            total[axis] += share * found.wire_bytes
+    return total
+
+
+def expected_collectives(placement: Placement, compute_itemsize: int) -> tuple[Collective, ...]:
+    """The collectives of one step, alike ones together.
+
+    Args:
+        placement: from `meshwright.train.estimate_placement.place`.
+        compute_itemsize: bytes of an element of the compute dtype.
+    """
+    moves = _Moves(placement)
+    for placed in placement.groups:
+        _weights(moves, placed, compute_itemsize)
+        _gradients(moves, placed, compute_itemsize)
+    _activations(moves, compute_itemsize)
+    _scalars(moves)
+    return moves.collectives()
+
+
+class _Moves:
+    """Collects collectives, joining those of one kind, phase, place and dtype over equal axes."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._found: dict[tuple[Kind, Axes, Phase, bool, int, str], float] = {}
+        self.microbatches = placement.config.grad_accum
+
+    def add(
+        self,
+        kind: Kind,
+        axes: Axes,
+        size_bytes: float,
+        phase: Phase,
+        leaf: str,
+        *,
+        itemsize: int,
+        layered: bool = False,
+    ) -> None:
+        """Add a buffer of ``size_bytes``, all of the step's executions together."""
+        if axes:
+            key = (kind, axes, phase, layered, itemsize, leaf)
+            self._found[key] = self._found.get(key, 0.0) + size_bytes
+
+    def collectives(self) -> tuple[Collective, ...]:
+        placement = self.placement
+        layers, found = placement.config.model.layers, []
+        inside = self.microbatches > 1
+        for (kind, axes, phase, layered, itemsize, leaf), size in self._found.items():
+            parts = placement.parts(axes)
+            once = phase == "update"
+            found.append(
+                Collective(
+                    kind=kind,
+                    axes=axes,
+                    count=(1 if once else self.microbatches) * (layers if layered else 1),
+                    bytes=round(size),
+                    wire_bytes=round(wire_bytes(kind, size, parts)),
+                    phase=phase,
+                    leaf=leaf,
+                    participants=parts,
+                    dtype=_DTYPES.get(itemsize, f"{itemsize} bytes"),
+                    loop_depth=0 if once else inside + layered,
+                )
+            )
+        return tuple(found)
+
+
+def _weights(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
+    """Gathers of one group: into the working copy, and for every use of it."""
+    group, placement = placed.group, moves.placement
+    elements = group.elements
+    if placed.working != placed.masters:
+        held = elements / placement.parts(placed.working) * itemsize
+        axes = _less(placed.masters, placed.working)
+        moves.add("all-gather", axes, held, "update", "working copy", itemsize=itemsize)
+    axes = _less(placed.working, placed.compute)
+    if not axes:
+        return
+    used = elements / placement.parts(placed.compute) * itemsize * moves.microbatches
+    layered = group.layered
+    leaf = "layers" if layered else "embedding and head"
+    for phase in ("forward", "backward") if layered else ("forward",):
+        moves.add("all-gather", axes, used, phase, leaf, itemsize=itemsize, layered=layered)
+
+
+def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
+    """Reductions of one group's gradient, from partial sums to the masters' layout."""
+    group, placement = placed.group, moves.placement
+    deferred = placement.deferred
+    unsummed = (*_less(placement.token_axes, deferred), *placed.partial)
+    now = tuple([axis for axis in placement.sizes if axis in unsummed])
+    size = group.elements / placement.parts(placed.compute) * itemsize * moves.microbatches
+    leaf = "layers" if group.layered else "embedding and head"
+    scattered = tuple(
+        axis for axis in _less(placed.reduced, placed.compute) if axis in placement.token_axes
+    )
+    whole = _less(now, scattered)
+    layered = group.layered
+    moves.add(
+        "reduce-scatter", scattered, size, "backward", leaf, itemsize=itemsize, layered=layered
+    )
+    size /= placement.parts(scattered)
+    moves.add("all-reduce", whole, size, "backward", leaf, itemsize=itemsize, layered=layered)
+    if deferred:
+        held = group.elements / placement.parts(placed.reduced) * 4
+        scattered = tuple(axis for axis in placed.masters if axis in deferred)
+        moves.add("reduce-scatter", scattered, held, "update", "accumulators", itemsize=4)
+        held /= placement.parts(scattered)
+        whole = _less(deferred, scattered)
+        moves.add("all-reduce", whole, held, "update", "accumulators", itemsize=4)
+
+
+def _activations(moves: _Moves, itemsize: int) -> None:
+    """What heads, MLP and vocabulary split over an axis cost in every layer and microbatch."""
+    placement, model = moves.placement, moves.placement.config.model
+    tokens = placement.tokens * moves.microbatches
+    stream = tokens * model.embed * itemsize  # one activation A, all microbatches
+    heads, mlp, vocab = (placement.activations[dim] for dim in ("heads", "mlp", "vocab"))
+    layers = model.layers
+
+    def reduce(axes: Axes, size: float, phase: Phase, leaf: str, layered: bool = True) -> None:
+        moves.add("all-reduce", axes, size, phase, leaf, itemsize=itemsize, layered=layered)
+
+    reduce(heads, layers * stream, "forward", "attention's output")
+    reduce(heads, layers * stream, "backward", "attention's input")
+    if model.remat == "full":
+        # The MLP's output is the next layer's input, which was kept; attention's is not.
+        reduce(heads, layers * stream, "backward", "attention's output again")
+    reduce(mlp, layers * stream, "forward", "MLP's output")
+    reduce(mlp, layers * stream, "backward", "MLP's input")
+    reduce(vocab, stream, "forward", "embedding", layered=False)
+    reduce(vocab, stream, "backward", "head", layered=False)
+    scalars = _TOKEN_SCALARS * 4 * tokens
+    moves.add("all-reduce", vocab, scalars, "forward", "cross-entropy", itemsize=4)
+    shared = _less(heads, placement.activations["kv_heads"])
+    if shared:
+        # Keys and values whole beside split queries: each device has a part of their gradient.
+        # Summed as activations or, where those are larger, as the weights' gradients.
+        width = 2 * model.kv_heads * model.head_dim / placement.split("kv_heads")
+        rows = min(tokens * width, model.embed * width * moves.microbatches)
+        reduce(shared, layers * rows * itemsize, "backward", "keys and values")
+
+
+def _scalars(moves: _Moves) -> None:
+    placement = moves.placement
+    tokens = placement.token_axes
+    moves.add("all-reduce", tokens, 4 * _LOSS_SCALARS, "update", "loss", itemsize=4)
+    split = {axis for placed in placement.groups for axis in placed.masters}
+    axes = tuple(axis for axis in placement.sizes if axis in split)
+    moves.add("all-reduce", axes, 4, "update", "gradient norm", itemsize=4)
+
+
+def _less(axes: Axes, others: Axes) -> Axes:
+    return tuple([axis for axis in axes if axis not in others])

@@ -1,0 +1,366 @@
+"""A plan: a training run on hardware that is not here, estimated or compiled, never run.
+
+`Plan.of` resolves a configuration as training would: mesh, rules, layouts. Then
+
+- `estimate` answers from shapes in milliseconds, by closed forms;
+- `compile` builds the very program that training would run, in a child process with the real
+  compiler for the real hardware, and reads memory, collectives and work from it.
+
+Both return a `PlanReport`. The compiled program is cached by everything it depends on, so the same
+question is answered at once the second time. What the program should move at least, what its
+leaves are called and how many FLOPs its model has come from the closed forms, so the two reports
+speak of the same figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from meshwright.models.config import count_parameters
+from meshwright.models.pure import Functional, functional
+from meshwright.sharding.analysis import (
+    StepFacts,
+    compute_and_time,
+    provenance_of,
+    read_program,
+    traffic_of,
+)
+from meshwright.sharding.aot import run_child
+from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory, compile_lowered
+from meshwright.sharding.aot_wheels import require_wheels, wheels
+from meshwright.sharding.chips import chip_of
+from meshwright.sharding.decisions import axes_of
+from meshwright.sharding.links import AxisLink, axis_links
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.plan_cache import cache_key, compiler_facts, lookup, store
+from meshwright.sharding.plan_warnings import PlacedLeaf, PlanFacts, warnings_of
+from meshwright.sharding.planned import MemoryEstimate, Origin, PlanReport
+from meshwright.sharding.rules import Rules
+from meshwright.sharding.slices import check_layout, check_topology
+from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
+from meshwright.sharding.topology import Topology
+from meshwright.train.attention import kernel_of
+from meshwright.train.config import TrainConfig
+from meshwright.train.estimate import Estimate, estimate
+from meshwright.train.estimate_traffic import lower_bounds
+from meshwright.train.explain import decisions_json, layout_of
+from meshwright.train.layout import Layout
+from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
+from meshwright.train.plan_leaves import leaf_namer, local_shape
+from meshwright.train.program import Program, step_spec
+
+__all__ = ["Plan", "compile_in_child"]
+
+_TIMEOUT_SECONDS = 1800.0
+# Settings that no program depends on: two runs that differ in these alone share a plan.
+_NOT_COMPILED = (
+    "topology", "mesh", "out", "resume", "seed", "data", "log_every", "eval_every",
+    "eval_batches", "checkpoint_every", "keep_last", "keep_best", "profile_steps", "tensorboard",
+    "sample_tokens", "sample_prompt", "compilation_cache",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run on described hardware.
+
+    Attributes:
+        config: the run.
+        topology: the hardware.
+        mesh: filled mesh.
+        rules: folded rules.
+        layout: where every leaf lives.
+        model: as functions.
+        itemsize: bytes of an element of the compute dtype.
+    """
+
+    config: TrainConfig
+    topology: Topology
+    mesh: MeshSpec
+    rules: Rules
+    layout: Layout
+    model: Functional
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, topology: Topology | None = None) -> Plan:
+        """Resolve a configuration on its topology, or on another one.
+
+        Raises:
+            TopologyError, MeshError: hardware that does not exist, a mesh it cannot hold.
+            RulesError, PlacementError: what cannot be placed, or a batch that cannot be dealt.
+        """
+        target = topology or Topology.parse(config.topology)
+        check_topology(target)
+        simulated = target.kind == "cpu"
+        mesh = choose_mesh(config, target.device_count or 1, simulated=simulated)
+        check_layout(target, mesh)
+        rules = choose_rules(config, mesh)
+        check_batch(config, rules, mesh)
+        model = functional(config.model)
+        layout = layout_of(config, model, mesh)
+        wide = config.dtype == "float32" or (config.dtype is None and simulated)
+        return cls(config, target, mesh, rules, layout, model, 4 if wide else 2)
+
+    @property
+    def links(self) -> Mapping[str, AxisLink] | None:
+        """Bandwidth of each mesh axis; None for simulated devices."""
+        return axis_links(self.topology, self.mesh) if chip_of(self.topology) else None
+
+    def kernel(self, *, compiled: bool) -> str:
+        """The attention kernel: of the real run, or of what can be compiled here.
+
+        They differ where cuDNN is not installed: a GPU run would use it, a plan cannot.
+        """
+        kind = self.topology.kind
+        here = kind != "gpu" or not compiled or _has_cudnn_wheel()
+        return kernel_of(self.config, self.rules, kind if here else "cpu")
+
+    def estimate(self, rates: MeasuredRates = PUBLISHED) -> PlanReport:
+        """The report from shapes alone."""
+        kernel = self.kernel(compiled=False)
+        found = self._estimate(kernel, rates)
+        return PlanReport(
+            topology=str(self.topology),
+            mesh=self.mesh.sizes,
+            model=self._model(kernel),
+            memory=found.memory,
+            collectives=found.collectives,
+            traffic=found.traffic,
+            flops=found.flops,
+            time=found.time,
+            warnings=(),
+            decisions=self._decisions(),
+            provenance=_FROM_SHAPES,
+        )
+
+    def compile(
+        self, topology: Topology | str | None = None, *, quick: bool = False,
+        rates: MeasuredRates = PUBLISHED,
+    ) -> PlanReport:  # fmt: skip
+        """The report of the compiled program; see `compiled`, which this costs.
+
+        Args:
+            topology: other hardware than the plan's, for the same run.
+            quick: low effort, no verdict.
+            rates: measured on such a device.
+        """
+        if topology is not None and str(topology) != str(self.topology):
+            target = Topology.parse(topology) if isinstance(topology, str) else topology
+            return Plan.of(self.config, target).compile(quick=quick, rates=rates)
+        return self.report(self.compiled(quick=quick), rates)
+
+    def compiled(self, *, quick: bool = False) -> CompiledProgram:
+        """The program training would run, compiled in a child process, or from the cache.
+
+        Raises:
+            MissingExtraError: no compiler for the topology is installed.
+            CompileError: the compiler gave no program, for another reason than its size.
+        """
+        require_wheels(self.topology)
+        key = cache_key({**compiler_facts(self.topology), "quick": quick, "run": self._key()})
+        known = lookup(key)
+        if known is not None:
+            return _program_of(known)
+        done = run_child(
+            f"{__name__}:compile_in_child",
+            (self.config, self.topology, quick),
+            topology=self.topology,
+            timeout_seconds=_TIMEOUT_SECONDS,
+        )
+        program = replace(done.value, chatter=done.chatter)
+        store(key, dataclasses.asdict(program))
+        return program
+
+    def report(self, compiled: CompiledProgram, rates: MeasuredRates = PUBLISHED) -> PlanReport:
+        """Read a compiled program into a report."""
+        note = require_wheels(self.topology)
+        namer = leaf_namer(self.config, self.layout)
+        reading = read_program(compiled, self.mesh, self.topology, namer)
+        kernel = self.kernel(compiled=True)
+        shapes = self._estimate(kernel, rates)
+        bounds = lower_bounds(self.config, self.mesh, self.rules, self.itemsize)
+        facts = StepFacts(
+            self._model(kernel),
+            tokens=self.config.batch_size * self.config.seq_len,
+            model_flops=shapes.flops.model_flops,
+            model_flops_causal=shapes.flops.model_flops_causal,
+            lower_bounds=bounds,
+            rates=rates,
+            dtype={2: "bf16", 4: "f32"}[self.itemsize],
+        )
+        read = reading.cost is not None
+        flops, time = compute_and_time(reading, facts, self.mesh, self.topology, self.links)
+        known = self._facts(reading.collectives, compiled, time.compute_seconds)
+        provenance = provenance_of(compiled, self.topology, reading) | _STATE
+        return PlanReport(
+            topology=str(self.topology),
+            mesh=self.mesh.sizes,
+            model=facts.model,
+            memory=_memory(shapes.memory, compiled),
+            collectives=reading.collectives,
+            traffic=traffic_of(reading.collectives, self.mesh, bounds, self.links)
+            if read
+            else shapes.traffic,
+            flops=flops if read else shapes.flops,
+            time=time if read else shapes.time,
+            warnings=warnings_of(known),
+            decisions=self._decisions(),
+            provenance=provenance if read else {**_FROM_SHAPES, **_PEAK_ONLY},
+            unread=(*((note,) if note else ()), *self._notes(), *reading.unread),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        if self.kernel(compiled=True) == self.kernel(compiled=False):
+            return ()
+        return (
+            "memory, flops and time: cuDNN is not installed here, so attention was compiled as "
+            "matmuls; on the GPU it is one kernel that keeps no scores "
+            "(pip install 'meshwright[cuda]' to plan with it)",
+        )
+
+    def _estimate(self, kernel: str, rates: MeasuredRates) -> Estimate:
+        return estimate(
+            self.config,
+            self.mesh,
+            self.rules,
+            chip_of(self.topology),
+            self.links,
+            compute_itemsize=self.itemsize,
+            fused_attention=kernel != "matmuls",
+        )
+
+    def _facts(
+        self, collectives: Any, compiled: CompiledProgram, compute_seconds: float | None
+    ) -> PlanFacts:
+        """What the warnings are found in."""
+        layout, config = self.layout, self.config
+        tokens = set(self.rules.token_axes())
+        leaves, gathers, scattered = [], {}, set[str]()
+        for decision in layout.masters:
+            leaf, spec = decision.leaf, decision.spec
+            parts = leaf.size_bytes // max(decision.bytes_per_device, 1)
+            shape = local_shape(leaf.shape, spec, self.mesh)
+            leaves.append(PlacedLeaf(leaf.path, shape, leaf.dtype.itemsize, leaf.size_bytes, parts))
+            scattered |= {axis for entry in spec for axis in axes_of(entry) if axis in tokens}
+            stacked = bool(leaf.dims) and leaf.dims[0] == "layers"
+            times = 2 * config.model.layers if stacked else 1
+            gathers[leaf.path] = times * config.grad_accum
+        return PlanFacts(
+            collectives,
+            self.mesh,
+            self.topology,
+            chatter=compiled.chatter,
+            links=self.links,
+            compute_seconds=compute_seconds,
+            compute_itemsize=self.itemsize,
+            leaves=leaves,
+            gathers=gathers,
+            scattered=frozenset(scattered),
+            accumulates=config.grad_accum > 1 and config.accumulate == "whole",
+        )
+
+    def _model(self, kernel: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "name": config.model.name,
+            "parameters": count_parameters(config.model),
+            "batch_size": config.batch_size,
+            "seq_len": config.seq_len,
+            "grad_accum": config.grad_accum,
+            "remat": config.model.remat,
+            "dtype": {2: "bfloat16", 4: "float32"}[self.itemsize],
+            "zero": config.zero,
+            "accumulate": config.accumulate,
+            "optimizer": config.optimizer.name,
+            "attention": kernel,
+            "strategies": [f"{name}({axis})" for name, axis in self.rules.strategies],
+        }
+
+    def _decisions(self) -> tuple[Mapping[str, Any], ...]:
+        return tuple(decisions_json(self.layout, self.config.grad_accum))
+
+    def _key(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self.config)
+        kept = {name: value for name, value in fields.items() if name not in _NOT_COMPILED}
+        return kept | {"mesh": str(self.mesh), "cudnn": _has_cudnn_wheel()}
+
+
+def compile_in_child(
+    payload: tuple[TrainConfig, Topology, bool], devices: list[Any]
+) -> CompiledProgram:
+    """The child's half of `Plan.compiled`: build the step for the topology's devices.
+
+    Args:
+        payload: run, topology, whether at low effort.
+        devices: of the topology.
+    """
+    import time
+
+    config, topology, quick = payload
+    plan = Plan.of(config, topology)
+    dtype = jnp.float32 if plan.itemsize == 4 else jnp.bfloat16
+    mesh = plan.mesh.build(devices)
+    started = time.monotonic()
+    spec = step_spec(config, plan.model, plan.layout, mesh, dtype)
+    lowered = Program.prepare(config, spec).lower_step()
+    return compile_lowered(lowered, quick=quick, lower_seconds=time.monotonic() - started)
+
+
+def _memory(shapes: MemoryEstimate, compiled: CompiledProgram) -> MemoryEstimate:
+    """State as the shapes say, the peak as the compiler does, and the rest between them."""
+    refused = compiled.out_of_memory
+    peak = refused.needed_bytes if refused else compiled.peak_bytes
+    limit = refused.limit_bytes if refused else shapes.limit_bytes
+    if peak is None:
+        return replace(shapes, peak_bytes=None)
+    state = (
+        shapes.parameters_bytes
+        + shapes.gradients_bytes
+        + shapes.optimizer_bytes
+        + shapes.batch_bytes
+    )
+    activations = min(shapes.activations_bytes, max(peak - state, 0))
+    return replace(
+        shapes,
+        activations_bytes=activations,
+        temporaries_bytes=max(peak - state - activations, 0),
+        peak_bytes=peak,
+        limit_bytes=limit,
+    )
+
+
+def _program_of(known: dict[str, Any]) -> CompiledProgram:
+    refused = known["out_of_memory"]
+    return CompiledProgram(
+        **{**known, "out_of_memory": OutOfMemory(**refused) if refused else None}
+    )
+
+
+@functools.cache
+def _has_cudnn_wheel() -> bool:
+    from meshwright.train.attention import has_cudnn_wheel
+
+    return has_cudnn_wheel() and wheels("gpu").installed is not None
+
+
+_SHAPES: tuple[Origin, str] = ("formula", "closed forms of shapes, mesh and rules")
+_STATE: dict[str, tuple[Origin, str]] = {
+    f"memory.{name}_bytes": _SHAPES
+    for name in ("parameters", "gradients", "optimizer", "batch", "activations")
+}
+_FROM_SHAPES: dict[str, tuple[Origin, str]] = {
+    **_STATE,
+    "memory": _SHAPES,
+    "collectives": ("formula", "what the strategies must move, not what a compiler emits"),
+    "traffic": _SHAPES,
+    "flops": _SHAPES,
+    "time": ("data sheet", "closed forms at the data sheet's rates; unvalidated"),
+}
+_PEAK_ONLY: dict[str, tuple[Origin, str]] = {"memory.peak_bytes": ("compiler", "")}

@@ -1,0 +1,144 @@
+"""What would make a plan fit: the smallest changes, each tried.
+
+A plan that does not fit is no answer; what is asked next is what to change. The candidates are the
+settings that trade time or traffic for memory and leave the training run the same: another remat
+policy, more microbatches, ZeRO on the data axis, fsdp in place of data, more of tensor. One change
+is tried before two together. The closed forms put the candidates in order, in milliseconds; those
+they find small enough are then compiled, until a few fit, because a closed form is no verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from meshwright.sharding.errors import MeshwrightError
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.planned import Change, PlanReport
+from meshwright.train.config import TrainConfig
+from meshwright.train.plan import Plan
+
+__all__ = ["candidates", "with_changes"]
+
+_COMPILED = 3  # candidates compiled at most; each takes as long as the plan did
+_SHOWN = 4
+# The closed forms are within this of the compiler's peak, so a larger estimate may still fit.
+_DOUBT = 1.10
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    flags: str
+    plan: Plan
+    peak_bytes: int
+
+
+def with_changes(plan: Plan, report: PlanReport, *, compile_them: bool) -> PlanReport:
+    """The report with the changes that were tried.
+
+    Args:
+        plan: that does not fit.
+        report: of it.
+        compile_them: by the compiler; else by the closed forms.
+    """
+    limit = report.memory.limit_bytes
+    if limit is None:
+        return report
+    found = [candidate for config, flags in candidates(plan.config, plan.mesh)
+             if (candidate := _estimated(plan, config, flags))]  # fmt: skip
+    if compile_them:
+        near = [candidate for candidate in found if candidate.peak_bytes <= limit * _DOUBT]
+        near = near or sorted(found, key=lambda candidate: candidate.peak_bytes)
+        changes = [change for candidate in near[:_COMPILED] if (change := _compiled(candidate))]
+    else:
+        ranked = sorted(found, key=lambda candidate: candidate.peak_bytes > limit)
+        changes = [
+            Change(one.flags, one.peak_bytes, one.peak_bytes <= limit, "formula")
+            for one in ranked[:_SHOWN]
+        ]
+    memory = replace(report.memory, changes=tuple(changes))
+    return replace(report, memory=memory)
+
+
+def candidates(config: TrainConfig, mesh: MeshSpec) -> Iterator[tuple[TrainConfig, str]]:
+    """Changed runs with the flags that make them, single changes first.
+
+    Args:
+        config: the run.
+        mesh: its filled mesh.
+    """
+    single = [*_remat(config), *_microbatches(config), *_zero(config, mesh), *_meshes(config, mesh)]
+    yield from single
+    most_remat = single[len(_remat(config)) - 1] if _remat(config) else (config, "")
+    base, flags = most_remat
+    others = [*_microbatches(base), *_zero(base, mesh), *_meshes(base, mesh)]
+    if flags:
+        for changed, more in others:
+            yield changed, f"{flags} {more}"
+    for changed, more in _meshes(base, mesh):
+        for last, micro in _microbatches(changed):
+            yield last, " ".join(filter(None, (flags, more, micro)))
+
+
+def _remat(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
+    order = ["none", "dots", "full"]
+    tighter = order[order.index(config.model.remat) + 1 :]
+    return [
+        (replace(config, model=replace(config.model, remat=remat)), f"--model.remat {remat}")
+        for remat in tighter
+    ]
+
+
+def _microbatches(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
+    found = []
+    parts = config.grad_accum * 2
+    while parts <= config.batch_size and len(found) < 4:
+        if config.batch_size % parts == 0:
+            found.append((replace(config, grad_accum=parts), f"--grad-accum {parts}"))
+        parts *= 2
+    return found
+
+
+def _zero(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]]:
+    if mesh.sizes.get("data", 1) == 1 or config.zero:
+        return []
+    return [(replace(config, zero=stage), f"--zero {stage}") for stage in (1, 2)]
+
+
+def _meshes(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]]:
+    """All of data moved into fsdp; then tensor twice and four times what it is."""
+    sizes = mesh.sizes
+    data, fsdp, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    wanted = [(1, data * fsdp, tensor)] if data > 1 else []
+    for times in (2, 4, 8):
+        if (data * fsdp) % times == 0:
+            wanted.append((1, data * fsdp // times, tensor * times))
+    found = []
+    for shape in wanted:
+        named = zip(("data", "fsdp", "tensor"), shape, strict=True)
+        text = ",".join(f"{axis}={size}" for axis, size in named if size > 1)
+        if text and text != str(mesh):
+            changed = dataclasses.replace(config, mesh=text, zero=0)
+            found.append((changed, f"--mesh {text}"))
+    return found
+
+
+def _estimated(plan: Plan, config: TrainConfig, flags: str) -> _Candidate | None:
+    """None for a change that cannot be placed."""
+    try:
+        changed = Plan.of(config, plan.topology)
+        peak = changed.estimate().memory.peak_bytes
+    except MeshwrightError:
+        return None
+    return _Candidate(flags, changed, peak) if peak is not None else None
+
+
+def _compiled(candidate: _Candidate) -> Change | None:
+    try:
+        memory = candidate.plan.compile().memory
+    except MeshwrightError:
+        return None
+    if memory.peak_bytes is None:
+        return None
+    return Change(candidate.flags, memory.peak_bytes, bool(memory.fits), "compiler")

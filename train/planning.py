@@ -1,0 +1,191 @@
+"""``meshwright plan``: one question answered, printed and written down.
+
+The question is a configuration and a topology; the answer a report, by the compiler where there is
+one for the topology and from shapes where there is not. Where a plan does not fit, changes that
+would make it fit are tried, not guessed (`meshwright.train.plan_changes`). Nothing is written
+before the report is whole, and a file that cannot be written is refused before anything compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshwright.sharding.aot_program import CompiledProgram
+from meshwright.sharding.budget import Breach, Budget, check, load_budget
+from meshwright.sharding.calibration import check_matches
+from meshwright.sharding.calibration_file import load_calibration
+from meshwright.sharding.chips import chip_of
+from meshwright.sharding.errors import ConfigError, MissingExtraError, RunError, did_you_mean
+from meshwright.sharding.links import physical_layout
+from meshwright.sharding.plan_html import report_html
+from meshwright.sharding.plan_json import report_json
+from meshwright.sharding.plan_text import print_report
+from meshwright.sharding.plan_warnings import WARNING_CODES
+from meshwright.sharding.planned import PlanReport
+from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
+from meshwright.sharding.topology import Topology
+from meshwright.train.config import TrainConfig
+from meshwright.train.plan import Plan
+from meshwright.train.plan_changes import with_changes
+
+__all__ = ["Asked", "answer"]
+
+_EFFORTS = ("full", "quick", "shapes")
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the verb's own flags ask for.
+
+    Attributes:
+        json, html, hlo: files to write.
+        budget: file of limits.
+        calibration: file of measured rates.
+        effort: ``full``, ``quick`` or ``shapes``.
+    """
+
+    json: str | None = None
+    html: str | None = None
+    hlo: str | None = None
+    budget: str | None = None
+    calibration: str | None = None
+    effort: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.effort not in _EFFORTS:
+            raise ConfigError(
+                f"there is no effort `{self.effort}`", fix=did_you_mean(self.effort, _EFFORTS)
+            )
+        if self.hlo and self.effort == "shapes":
+            raise ConfigError(
+                "cannot write a compiled program",
+                where=f"--hlo {self.hlo}, --effort shapes",
+                why="nothing is compiled from shapes",
+                fix="leave one of the two out",
+            )
+
+
+def answer(config: TrainConfig, asked: Asked) -> int:
+    """Plan a run, print the report and write what was asked for.
+
+    Returns:
+        0 where it fits and is within the budget; 1 where it does not.
+
+    Raises:
+        MeshwrightError: bad input; nothing was written.
+    """
+    topology = _topology(config)
+    budget = load_budget(asked.budget) if asked.budget else None
+    rates = _rates(asked.calibration, topology)
+    files = _writable(asked)
+    plan = Plan.of(config, topology)
+    report, compiled = _report(plan, asked, rates)
+    if report.fits is False:
+        report = with_changes(plan, report, compile_them=compiled is not None)
+    breaches = check(budget, report, WARNING_CODES) if budget else ()
+    _print(report, budget, breaches)
+    _write(files, plan, report, compiled)
+    return 1 if report.fits is False or breaches else 0
+
+
+def _topology(config: TrainConfig) -> Topology:
+    """The hardware asked about; ``auto`` is the eight simulated devices of a first run."""
+    topology = Topology.parse(config.topology)
+    if topology.kind == "local":
+        raise ConfigError(
+            "cannot plan for `local`",
+            why="it stands for whatever devices are found, and a plan looks for none",
+            fix="name the hardware, such as --topology v5p:4x4x4, h100:2x8 or cpu:8",
+        )
+    return Topology("cpu", (8,)) if topology.kind == "auto" else topology
+
+
+def _rates(path: str | None, topology: Topology) -> MeasuredRates:
+    chip = chip_of(topology)
+    if path is None:
+        return PUBLISHED
+    calibration = load_calibration(path)
+    if chip is None:
+        raise ConfigError(
+            f"cannot use the calibration `{path}`",
+            where=f"--topology {topology}",
+            why="simulated devices have no rates to replace",
+            fix="leave it out, or plan for hardware",
+        )
+    check_matches(calibration, chip)
+    return MeasuredRates.of(calibration, chip)
+
+
+def _report(
+    plan: Plan, asked: Asked, rates: MeasuredRates
+) -> tuple[PlanReport, CompiledProgram | None]:
+    """By the compiler if there is one and it is wanted, else from shapes."""
+    if plan.topology.kind == "cpu" or asked.effort == "shapes":
+        return plan.estimate(rates), None
+    try:
+        compiled = plan.compiled(quick=asked.effort == "quick")
+    except MissingExtraError as error:
+        if asked.hlo:
+            raise
+        print(f"note: {error}\n  The figures below are closed forms.", file=sys.stderr)
+        return plan.estimate(rates), None
+    return plan.report(compiled, rates), compiled
+
+
+def _print(report: PlanReport, budget: Budget | None, breaches: tuple[Breach, ...]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    print_report(report, console)
+    if budget is None:
+        return
+    if not breaches:
+        console.print(f"\nwithin the budget {budget.path}", highlight=False)
+    for breach in breaches:
+        console.print(f"\nover budget: {breach.text}", highlight=False, markup=False)
+
+
+def _writable(asked: Asked) -> Mapping[str, Path]:
+    """The files to write, by kind; refuses those that cannot be, before the work is done."""
+    files = {
+        kind: Path(name)
+        for kind, name in (("json", asked.json), ("html", asked.html), ("hlo", asked.hlo))
+        if name
+    }
+    for path in files.values():
+        folder = path.parent
+        why = (
+            "it is a folder" if path.is_dir()
+            else f"there is no folder `{folder}`" if not folder.is_dir()
+            else "" if os.access(path if path.exists() else folder, os.W_OK)
+            else "permission denied"
+        )  # fmt: skip
+        if why:
+            raise RunError(f"cannot write `{path}`", why=why, fix="name another file")
+    return files
+
+
+def _write(
+    files: Mapping[str, Path], plan: Plan, report: PlanReport, compiled: CompiledProgram | None
+) -> None:
+    for kind, path in files.items():
+        try:
+            if kind == "json":
+                document = json.dumps(report_json(report), indent=2, allow_nan=False)
+                path.write_text(document + "\n", encoding="utf-8")
+            elif kind == "html":
+                layout = physical_layout(plan.topology, plan.mesh)
+                path.write_text(report_html(report, layout), encoding="utf-8")
+            elif compiled is not None:
+                path.write_text(compiled.text or "", encoding="utf-8")
+                Path(f"{path}.log").write_text(compiled.chatter, encoding="utf-8")
+        except OSError as error:
+            raise RunError(
+                f"cannot write `{path}`", why=str(error.strerror or error), fix="name another file"
+            ) from None
