@@ -18,7 +18,7 @@ from jax import Array
 
 from meshwright.models.attention import Attention, Cache, Shared, rotation
 from meshwright.models.config import ModelConfig
-from meshwright.models.hooks import Hooks
+from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.layers import Init, Mlp, Norm, float32_logits
 from meshwright.sharding.errors import ConfigError
 
@@ -173,11 +173,9 @@ class Decoder(nnx.Module):
         return Shared(hooks=hooks, rotation=by, mask=mask, causal=causal, length=length)
 
     def _embed(self, tokens: Array, positions: Array, shared: Shared) -> Array:
-        # Clipping needs no comparison of every gathered row with the bounds, which the default
-        # (NaN for ids past the end) does; the compiler then splits it over a sharded vocab.
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+        x = shared.hooks.look_up(self.embedding[...], tokens)
         if self.positions is not None:
-            x += jnp.take(self.positions[...], positions, axis=0, mode="clip")
+            x += take_rows(self.positions[...], positions)
         return shared.hooks.constrain(x, ("batch", shared.length, "embed"))
 
     def _logits(self, x: Array, shared: Shared) -> Array:

@@ -33,6 +33,7 @@ __all__ = [
     "dot_product",
     "rematerialise",
     "scan_layers",
+    "take_rows",
 ]
 
 LayerBody = Callable[[Any, Any], Any]
@@ -101,6 +102,16 @@ def cudnn_serves(q: Array, device: Any) -> bool:
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if int(major) >= 9 else 128)
 
 
+def take_rows(table: Array, tokens: Array) -> Array:
+    """Rows of ``table`` [V, D] for ``tokens`` int32 [B, T]: [B, T, D]; ids past the end read the
+    last row.
+
+    Clipping needs no comparison of every gathered row with the bounds, which the default (NaN for
+    ids past the end) does; the compiler then splits it over a sharded vocabulary.
+    """
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
 def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     """Wrap a layer so that the backward pass recomputes what ``remat`` does not keep.
 
@@ -145,9 +156,11 @@ class Hooks:
     Attributes:
         constrain: (x, names of its dims, None for a dim that stays whole) → x.
         attention: as `dot_product`.
+        look_up: as `take_rows`.
         run_layers: as `scan_layers`. Only ``body`` touches the parameters of a layer.
     """
 
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = constrain_nothing
     attention: Callable[..., Array] = dot_product
+    look_up: Callable[[Array, Array], Array] = take_rows
     run_layers: Callable[[LayerBody, Any, Any, Remat], Any] = scan_layers

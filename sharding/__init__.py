@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meshwright.sharding.analysis import StepFacts as StepFacts
+    from meshwright.sharding.analysis import analyze as analyze
     from meshwright.sharding.decisions import Decision as Decision
     from meshwright.sharding.decisions import Decisions as Decisions
     from meshwright.sharding.decisions import check_mesh as check_mesh
@@ -34,6 +36,16 @@ if TYPE_CHECKING:
     from meshwright.sharding.placement import Constrain as Constrain
     from meshwright.sharding.placement import init_sharded as init_sharded
     from meshwright.sharding.placement import shardings_of as shardings_of
+    from meshwright.sharding.plan_html import report_html as report_html
+    from meshwright.sharding.plan_json import report_json as report_json
+    from meshwright.sharding.plan_text import print_report as print_report
+    from meshwright.sharding.planned import AxisTraffic as AxisTraffic
+    from meshwright.sharding.planned import Collective as Collective
+    from meshwright.sharding.planned import ComputeEstimate as ComputeEstimate
+    from meshwright.sharding.planned import MemoryEstimate as MemoryEstimate
+    from meshwright.sharding.planned import PlanReport as PlanReport
+    from meshwright.sharding.planned import PlanWarning as PlanWarning
+    from meshwright.sharding.planned import StepEstimate as StepEstimate
     from meshwright.sharding.rules import Rule as Rule
     from meshwright.sharding.rules import Rules as Rules
     from meshwright.sharding.rules import ShapeRule as ShapeRule
@@ -48,7 +60,10 @@ if TYPE_CHECKING:
     from meshwright.sharding.topology import Topology as Topology
 
 __all__ = [
+    "AxisTraffic",
     "CheckpointError",
+    "Collective",
+    "ComputeEstimate",
     "ConfigError",
     "Constrain",
     "DataError",
@@ -57,21 +72,27 @@ __all__ = [
     "DimPatterns",
     "DimsError",
     "Leaf",
+    "MemoryEstimate",
     "MeshError",
     "MeshSpec",
     "MeshwrightError",
     "MissingExtraError",
     "NonFiniteError",
     "PlacementError",
+    "PlanReport",
+    "PlanWarning",
     "Rule",
     "Rules",
     "RulesError",
     "RunError",
     "ShapeRule",
+    "StepEstimate",
+    "StepFacts",
     "Strategy",
     "Table",
     "Topology",
     "TopologyError",
+    "analyze",
     "check_mesh",
     "data",
     "describe",
@@ -80,6 +101,9 @@ __all__ = [
     "fold",
     "fsdp",
     "init_sharded",
+    "print_report",
+    "report_html",
+    "report_json",
     "resolve",
     "shardings_of",
     "tensor",
@@ -88,7 +112,10 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "AxisTraffic": "planned",
     "CheckpointError": "errors",
+    "Collective": "planned",
+    "ComputeEstimate": "planned",
     "ConfigError": "errors",
     "Constrain": "placement",
     "DataError": "errors",
@@ -97,21 +124,27 @@ _MODULE_OF = {
     "DimPatterns": "dims",
     "DimsError": "errors",
     "Leaf": "dims",
+    "MemoryEstimate": "planned",
     "MeshError": "errors",
     "MeshSpec": "mesh",
     "MeshwrightError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "PlacementError": "errors",
+    "PlanReport": "planned",
+    "PlanWarning": "planned",
     "Rule": "rules",
     "Rules": "rules",
     "RulesError": "errors",
     "RunError": "errors",
     "ShapeRule": "rules",
+    "StepEstimate": "planned",
+    "StepFacts": "analysis",
     "Strategy": "strategies",
     "Table": "rules",
     "Topology": "topology",
     "TopologyError": "errors",
+    "analyze": "analysis",
     "check_mesh": "decisions",
     "data": "strategies",
     "describe": "dims",
@@ -120,6 +153,9 @@ _MODULE_OF = {
     "fold": "strategies",
     "fsdp": "strategies",
     "init_sharded": "placement",
+    "print_report": "plan_text",
+    "report_html": "plan_html",
+    "report_json": "plan_json",
     "resolve": "decisions",
     "shardings_of": "placement",
     "tensor": "strategies",

@@ -9,18 +9,22 @@ Both fill the same dataclasses as ``meshwright plan``. What only the model's own
 FLOPs, the least bytes it must move, what its parameters are called) is None here unless the caller
 hands it in; a figure is never guessed.
 
-A program compiled for CPU devices proves shardings and which collectives there are. Their bytes
-and its memory are another machine's (CPU compilers widen bfloat16 and know no reduce-scatter), so
-both are left out and a provenance line says so.
+A program compiled for CPU devices proves shardings and which collectives there are. What they
+move in all and its memory are another machine's (CPU compilers widen bfloat16 and know no
+reduce-scatter), so traffic and peak are left out and a provenance line says so.
+
+What is kept of a compile is the compiled program and not the report, so that other rates or
+another name for a leaf do not compile again (`compile_once`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwright.sharding.aot_program import CompiledProgram
+from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory
 from meshwright.sharding.aot_wheels import require_wheels
 from meshwright.sharding.bounds import axis_shares
 from meshwright.sharding.chips import Chip, chip_of
@@ -31,6 +35,7 @@ from meshwright.sharding.hlo_cost import ProgramCost, cost_of
 from meshwright.sharding.hlo_cycles import CycleCount, cycles_of
 from meshwright.sharding.links import AxisLink, axis_links
 from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.plan_cache import cache_key, compiler_facts, lookup, store
 from meshwright.sharding.plan_warnings import PlanFacts, warnings_of
 from meshwright.sharding.planned import (
     AxisTraffic,
@@ -44,6 +49,7 @@ from meshwright.sharding.planned import (
 from meshwright.sharding.slices import check_layout, check_topology
 from meshwright.sharding.step_time import PUBLISHED, MeasuredRates, step_time_of
 from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
 
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh, Mesh
@@ -52,8 +58,10 @@ __all__ = [
     "ProgramReading",
     "StepFacts",
     "analyze",
+    "compile_once",
     "compiled_memory",
     "compute_and_time",
+    "judged",
     "provenance_of",
     "read_program",
     "traffic_of",
@@ -101,6 +109,43 @@ class StepFacts:
     dtype: str = "bf16"
 
 
+def compile_once(
+    topology: Topology, question: Mapping[str, Any], compile_it: Callable[[], CompiledProgram]
+) -> CompiledProgram:
+    """A compiled program from the plan cache, or compiled now and kept there.
+
+    Args:
+        topology: it is compiled for.
+        question: all else the program depends on, as JSON values; versions, flags and our own
+            sources are added.
+        compile_it: called where the cache does not know it.
+    """
+    key = cache_key({**compiler_facts(topology), **question})
+    known = lookup(key)
+    if known is not None:
+        refused = known["out_of_memory"]
+        known["out_of_memory"] = OutOfMemory(**refused) if refused else None
+        return CompiledProgram(**known)
+    program = compile_it()
+    store(key, dataclasses.asdict(program))
+    return program
+
+
+def judged(
+    memory: MemoryEstimate, compiled: CompiledProgram
+) -> tuple[MemoryEstimate, tuple[str, ...]]:
+    """Memory that a verdict may be read from, and what to say where it may not.
+
+    A program compiled at low effort has a peak up to a tenth off, and compilers accept some at
+    low effort that they refuse in full; so it goes without the limit to be judged by.
+    """
+    if not compiled.quick:
+        return memory, ()
+    limit = f"; the limit is {format_bytes(memory.limit_bytes)}" if memory.limit_bytes else ""
+    said = f"fits: compiled at low effort, which gives no verdict{limit}"
+    return replace(memory, limit_bytes=None), (said,)
+
+
 def read_program(
     compiled: CompiledProgram, mesh: MeshSpec, topology: Topology, leaf_of: LeafOf | None = None
 ) -> ProgramReading:
@@ -136,10 +181,18 @@ def traffic_of(
     mesh: MeshSpec,
     bounds: Mapping[str, float] | None = None,
     links: Mapping[str, AxisLink] | None = None,
+    fraction: float = 1.0,
 ) -> dict[str, AxisTraffic]:
     """Wire bytes by mesh axis beside the least there could be.
 
     Bytes of a collective over several axes are shared out as `axis_shares` says.
+
+    Args:
+        collectives: of the step.
+        mesh: filled mesh.
+        bounds: bytes by axis; None where nobody knows.
+        links: by axis; None without hardware.
+        fraction: of the links' bandwidth that is reached.
     """
     sent = dict.fromkeys(mesh.names, 0.0)
     for found in collectives:
@@ -150,7 +203,7 @@ def traffic_of(
     traffic = {}
     for axis, wire in sent.items():
         link = links.get(axis) if links else None
-        rate = link.bandwidth if link and mesh.sizes[axis] > 1 else None
+        rate = link.bandwidth * fraction if link and mesh.sizes[axis] > 1 else None
         traffic[axis] = AxisTraffic(
             wire_bytes=round(wire),
             lower_bound_bytes=bounds.get(axis) if bounds is not None else None,
@@ -209,16 +262,22 @@ def analyze(
     Raises:
         TopologyError, MeshError: hardware that does not exist, a mesh it cannot hold.
         MissingExtraError: no compiler for it is installed.
+        ConfigError: ``jitted`` is not what ``jax.jit`` returns, or calls back into Python.
         CompileError: the compiler gave no program.
     """
-    from meshwright.sharding.aot_step import compile_step
+    from meshwright.sharding.aot_step import compile_lowered_step, lower_step
 
     target = Topology.parse(topology) if isinstance(topology, str) else topology
     spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.of(mesh)
     check_topology(target)
     _check_devices(spec, target)
     note = require_wheels(target)
-    compiled = compile_step(jitted, *abstract_args, mesh=spec, topology=target, quick=quick)
+    step = lower_step(jitted, *abstract_args, topology=target)
+    compiled = compile_once(
+        target,
+        {"step": step.fingerprint, "mesh": str(spec), "quick": quick},
+        lambda: compile_lowered_step(step, mesh=spec, topology=target, quick=quick),
+    )
     known = facts or StepFacts({"name": getattr(jitted, "__name__", "step")})
     return _report(compiled, spec, target, known, note, _changing(abstract_args))
 
@@ -256,11 +315,16 @@ def _report(
     reading = read_program(compiled, mesh, topology, facts.leaf_of)
     simulated = topology.kind == "cpu"
     links = None if simulated else axis_links(topology, mesh)
-    bounds = None if simulated else facts.lower_bounds
-    traffic = traffic_of(reading.collectives, mesh, bounds, links)
+    traffic = {}
+    if not simulated:
+        traffic = traffic_of(
+            reading.collectives, mesh, facts.lower_bounds, links, facts.rates.links
+        )
     flops, time = compute_and_time(reading, facts, mesh, topology, links)
     memory = compiled_memory(compiled, chip_of(topology), simulated=simulated)
-    notes = (note,) if note else ()
+    memory, verdict = judged(memory, compiled)
+    # Wheels that do not pair are worth a word where they cost figures.
+    notes = (*((note,) if note and reading.cost is None else ()), *verdict)
     return PlanReport(
         topology=str(topology),
         mesh=mesh.sizes,
@@ -282,7 +346,7 @@ def _report(
             )
         ),
         decisions=(),
-        provenance=provenance_of(compiled, topology, reading),
+        provenance=provenance_of(compiled, topology, reading, facts.rates),
         unread=(*notes, *reading.unread),
     )
 
@@ -312,7 +376,10 @@ def compiled_memory(
 
 
 def provenance_of(
-    compiled: CompiledProgram, topology: Topology, reading: ProgramReading
+    compiled: CompiledProgram,
+    topology: Topology,
+    reading: ProgramReading,
+    rates: MeasuredRates = PUBLISHED,
 ) -> dict[str, tuple[Origin, str]]:
     """Where each figure of a compiled report comes from."""
     by = ", ".join(f"{name} {version}" for name, version in compiled.versions.items())
@@ -327,7 +394,9 @@ def provenance_of(
             "flops.device_flops": ("compiler", how),
             "time": ("unknown", "no rates for simulated devices"),
         }
-    cycles = reading.cycles is not None
+    cycles = reading.cycles is not None and reading.cycles.known
+    measured = rates != PUBLISHED
+    whose = "measured rates" if measured else "the data sheet's rates"
     text: Origin = "unknown" if reading.cost is None else "compiler"
     return {
         "memory.peak_bytes": ("compiler", how),
@@ -339,7 +408,10 @@ def provenance_of(
         "time.compute_seconds": (
             (text, "the compiler's cycles, attention kernels by formula")
             if cycles
-            else ("formula", "compiled FLOPs at the data sheet's rate")
+            else ("calibration" if measured else "formula", f"compiled FLOPs at {whose}")
         ),
-        "time": ("data sheet", "compiled bytes at the data sheet's rates; unvalidated"),
+        "time": (
+            "calibration" if measured else "data sheet",
+            f"compiled bytes at {whose}; unvalidated",
+        ),
     }

@@ -294,7 +294,7 @@ def _on_one_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
 
     places = [(*device.coords, device.core_on_chip) for device in devices]
     dims = tuple(1 + max(place[dim] for place in places) for dim in range(len(places[0])))
-    by_place = dict(zip(places, devices, strict=True))
+    by_place: dict[tuple[int, ...], Any] = dict(zip(places, devices, strict=True))
     parts = lay_on_torus(dims, shape)
     order = itertools.product(*(range(size) for size in shape))
     laid = np.empty(len(places), object)

@@ -85,7 +85,7 @@ class PlanFacts:
         leaves: parameters.
         gathers: by leaf, how often a step has to gather it, each layer counted.
         scattered: axes over which parameters are split, so gradients reduce-scattered.
-        accumulates: the step has microbatches whose gradients stay unreduced.
+        accumulates: the step has several microbatches.
         changing: paths of arguments whose type changes with their value.
     """
 
@@ -132,7 +132,7 @@ def _involuntary(facts: PlanFacts) -> Iterator[PlanWarning]:
         operation = _OPERATION.search(line)
         file = _FILE.search(line)
         change = _REMATERIALIZED.search(line)
-        key = (operation and operation[1], file and file[0])
+        key = (operation[1] if operation else "", file[0] if file else "")
         if key in seen:
             continue
         seen.add(key)
@@ -273,7 +273,8 @@ def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
                 leaf=_leaves_of(group),
                 cost_bytes=wire,
                 cost_seconds=_seconds(facts, first, wire),
-                fix="--accumulate whole keeps each device's sums and reduces once a step",
+                fix="--accumulate whole (with --zero 1 or 0) keeps each device's sums and reduces "
+                "once a step",
             )
 
 
@@ -368,5 +369,6 @@ def _leaves_of(group: Sequence[Collective]) -> str:
 
 
 def _seconds(facts: PlanFacts, found: Collective, wire_bytes: float) -> float | None:
-    rates = [facts.links[axis].bandwidth for axis in found.axes if axis in (facts.links or {})]
+    links = facts.links or {}
+    rates = [links[axis].bandwidth for axis in found.axes if axis in links]
     return wire_bytes / min(rates) if rates and min(rates) else None

@@ -37,10 +37,29 @@ JAX_FREE = (
     *(
         f"meshwright.sharding.{name}"
         for name in (
-            "aot", "aot_errors", "aot_program", "aot_wheels", "bounds", "budget", "calibration",
-            "chips", "collectives", "gpu_targets", "hlo", "hlo_cost", "hlo_cycles", "links",
-            "plan_cache", "plan_html", "plan_json", "plan_text", "plan_warnings", "planned",
-            "slices", "step_time", "units",
+            "aot",
+            "aot_errors",
+            "aot_program",
+            "aot_wheels",
+            "bounds",
+            "budget",
+            "calibration",
+            "chips",
+            "collectives",
+            "gpu_targets",
+            "hlo",
+            "hlo_cost",
+            "hlo_cycles",
+            "links",
+            "plan_cache",
+            "plan_html",
+            "plan_json",
+            "plan_text",
+            "plan_warnings",
+            "planned",
+            "slices",
+            "step_time",
+            "units",
         )
     ),  # fmt: skip
     "meshwright.models.config",

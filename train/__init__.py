@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from meshwright.train.config import TrainConfig as TrainConfig
     from meshwright.train.config import default_config as default_config
+    from meshwright.train.estimate import Estimate as Estimate
     from meshwright.train.layout import Layout as Layout
     from meshwright.train.layout import resolve_layout as resolve_layout
     from meshwright.train.loss import token_loss_sum as token_loss_sum
+    from meshwright.train.plan import Plan as Plan
     from meshwright.train.program import Program as Program
     from meshwright.train.run import run_training as run_training
     from meshwright.train.state import TrainState as TrainState
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Estimate",
     "Layout",
+    "Plan",
     "Program",
     "StepSpec",
     "TrainConfig",
@@ -37,7 +41,9 @@ __all__ = [
 
 _MODULE_OF = {
     "Batch": "step",
+    "Estimate": "estimate",
     "Layout": "layout",
+    "Plan": "plan",
     "Program": "program",
     "StepSpec": "step",
     "TrainConfig": "config",

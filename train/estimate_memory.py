@@ -70,7 +70,9 @@ class _Sizes(NamedTuple):
     layers_gradients: float  # of all layers, as the backward pass collects them
     head_gradient: float  # reduced; of a head of its own
     gathers: bool
+    peels: bool  # see `_peeled`
     casts: float  # all layers' weights in the compute dtype, still split as the masters
+    copies: float  # the working copy of all layers
 
 
 def state_of(placement: Placement, itemsize: int) -> StateBytes:
@@ -125,7 +127,7 @@ def memory_of(
     state = state_of(placement, itemsize)
     sizes = _sizes(placement, itemsize, fused_attention, kind)
     moments = {
-        "loss": _loss(placement, sizes, itemsize, kind),
+        "loss": _loss(placement, sizes, itemsize, fused_attention, kind),
         "backward": _backward(placement, sizes, itemsize, fused_attention, kind),
         "update": {"gradients": float(state.gradients)},
     }
@@ -170,8 +172,8 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         for dim in found.dims:
             share *= split(dim)
         kept += found.elements * found.itemsize / share
-    layer = layers_gradients = head_gradient = casts = 0.0
-    gathers = False
+    layer = layers_gradients = head_gradient = casts = copies = 0.0
+    gathers = peels = False
     for group, _, working, compute, reduced, _, copied, gathered in placement.groups:
         # Gradients have the dtype of what was differentiated: masters, or the working copy.
         width = itemsize if copied else 4
@@ -180,7 +182,9 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
             layer += group.elements / parts(compute) * itemsize / model.layers
             layers_gradients += gradient
             casts += group.elements / parts(working) * itemsize * (not copied)
+            copies += group.elements / parts(working) * itemsize * copied
             gathers |= gathered
+            peels |= any(axis in placement.token_axes and axis not in compute for axis in reduced)
         elif not model.tied and dict(group.dims).get("vocab"):
             head_gradient += gradient / group.leaves
     if model.remat == "none" and not gathers:
@@ -200,11 +204,15 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         layers_gradients=layers_gradients,
         head_gradient=head_gradient,
         gathers=gathers,
+        peels=peels,
         casts=casts if itemsize < 4 else 0.0,
+        copies=copies,
     )
 
 
-def _loss(placement: Placement, sizes: _Sizes, itemsize: int, kind: str) -> dict[str, float]:
+def _loss(
+    placement: Placement, sizes: _Sizes, itemsize: int, fused: bool, kind: str
+) -> dict[str, float]:
     """Where the logits are: their gradient's matmuls, the first of the backward pass."""
     found = {"layer inputs": sizes.inputs, "kept activations": sizes.kept}
     if kind == "tpu":
@@ -215,6 +223,16 @@ def _loss(placement: Placement, sizes: _Sizes, itemsize: int, kind: str) -> dict
         found["head and its gradient"] = 2 * sizes.table
         found["cast weights"] = sizes.casts
         found["window"] = 3 * sizes.stream
+    elif sizes.peels:
+        found["logits"] = (4 + itemsize) * sizes.logits
+        found["head"] = sizes.table
+        found["gradients"] = sizes.layers_gradients
+        found["transposed weights"] = _last_dim_masters(placement) if sizes.gathers else sizes.copies
+        found["window"] = sizes.layer + 4 * sizes.stream
+        if not fused and placement.config.model.remat != "none":
+            found["scores"] = sizes.scores * (4 + itemsize)
+        if not fused and placement.config.model.remat == "none":
+            found["scores"] = 4 * sizes.scores * placement.config.model.layers
     else:
         found["logits"] = (4 + itemsize) * sizes.logits
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)

@@ -7,16 +7,17 @@
   compiler for the real hardware, and reads memory, collectives and work from it.
 
 Both return a `PlanReport`. The compiled program is cached by everything it depends on, so the same
-question is answered at once the second time. What the program should move at least, what its
-leaves are called and how many FLOPs its model has come from the closed forms, so the two reports
-speak of the same figures.
+question is answered at once the second time; where the state alone is over the limit there is
+nothing to ask a compiler, and the closed forms answer. What the program should move at least, what
+its leaves are called and how many FLOPs its model has come from the closed forms, so the two
+reports speak of the same figures.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,21 +27,22 @@ from meshwright.models.config import count_parameters
 from meshwright.models.pure import Functional, functional
 from meshwright.sharding.analysis import (
     StepFacts,
+    compile_once,
     compute_and_time,
+    judged,
     provenance_of,
     read_program,
     traffic_of,
 )
 from meshwright.sharding.aot import run_child
-from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory, compile_lowered
+from meshwright.sharding.aot_program import CompiledProgram, compile_lowered
 from meshwright.sharding.aot_wheels import require_wheels, wheels
 from meshwright.sharding.chips import chip_of
 from meshwright.sharding.decisions import axes_of
 from meshwright.sharding.links import AxisLink, axis_links
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.plan_cache import cache_key, compiler_facts, lookup, store
 from meshwright.sharding.plan_warnings import PlacedLeaf, PlanFacts, warnings_of
-from meshwright.sharding.planned import MemoryEstimate, Origin, PlanReport
+from meshwright.sharding.planned import Collective, MemoryEstimate, Origin, PlanReport
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.slices import check_layout, check_topology
 from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
@@ -48,17 +50,19 @@ from meshwright.sharding.topology import Topology
 from meshwright.train.attention import kernel_of
 from meshwright.train.config import TrainConfig
 from meshwright.train.estimate import Estimate, estimate
+from meshwright.train.estimate_time import DATA_SHEET, Rates
 from meshwright.train.estimate_traffic import lower_bounds
 from meshwright.train.explain import decisions_json, layout_of
 from meshwright.train.layout import Layout
 from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
-from meshwright.train.plan_leaves import leaf_namer, local_shape
+from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape
 from meshwright.train.program import Program, step_spec
 
 __all__ = ["Plan", "compile_in_child"]
 
 _TIMEOUT_SECONDS = 1800.0
-# Settings that no program depends on: two runs that differ in these alone share a plan.
+# Settings that no program depends on: two runs that differ in these alone share a plan. Of the
+# data one counts, and it goes back in: masked documents are two more arrays of a batch.
 _NOT_COMPILED = (
     "topology", "mesh", "out", "resume", "seed", "data", "log_every", "eval_every",
     "eval_batches", "checkpoint_every", "keep_last", "keep_best", "profile_steps", "tensorboard",
@@ -122,10 +126,26 @@ class Plan:
         here = kind != "gpu" or not compiled or _has_cudnn_wheel()
         return kernel_of(self.config, self.rules, kind if here else "cpu")
 
+    @property
+    def state_bytes(self) -> int:
+        """What each device holds between steps: float32 parameters and optimizer state, exact."""
+        return sum(
+            decision.bytes_per_device
+            for decisions in (self.layout.masters, self.layout.moments)
+            for decision in decisions
+        )
+
+    @property
+    def outgrows(self) -> bool:
+        """Whether the state alone is over the limit, so that no compiler need be asked."""
+        chip = chip_of(self.topology)
+        return chip is not None and self.state_bytes > chip.limit_bytes
+
     def estimate(self, rates: MeasuredRates = PUBLISHED) -> PlanReport:
         """The report from shapes alone."""
         kernel = self.kernel(compiled=False)
         found = self._estimate(kernel, rates)
+        known = self._facts(found.collectives, "", found.time.compute_seconds)
         return PlanReport(
             topology=str(self.topology),
             mesh=self.mesh.sizes,
@@ -135,9 +155,9 @@ class Plan:
             traffic=found.traffic,
             flops=found.flops,
             time=found.time,
-            warnings=(),
+            warnings=warnings_of(known),
             decisions=self._decisions(),
-            provenance=_FROM_SHAPES,
+            provenance=_from_shapes(rates),
         )
 
     def compile(
@@ -145,6 +165,9 @@ class Plan:
         rates: MeasuredRates = PUBLISHED,
     ) -> PlanReport:  # fmt: skip
         """The report of the compiled program; see `compiled`, which this costs.
+
+        Simulated devices, whose programs say nothing of bytes, and a plan that `outgrows` its
+        devices are answered from shapes.
 
         Args:
             topology: other hardware than the plan's, for the same run.
@@ -154,6 +177,9 @@ class Plan:
         if topology is not None and str(topology) != str(self.topology):
             target = Topology.parse(topology) if isinstance(topology, str) else topology
             return Plan.of(self.config, target).compile(quick=quick, rates=rates)
+        if self.topology.kind == "cpu" or self.outgrows:
+            check_leaves(self.layout, self.topology)
+            return self.estimate(rates)
         return self.report(self.compiled(quick=quick), rates)
 
     def compiled(self, *, quick: bool = False) -> CompiledProgram:
@@ -161,22 +187,22 @@ class Plan:
 
         Raises:
             MissingExtraError: no compiler for the topology is installed.
+            PlacementError: a parameter is larger than a device.
             CompileError: the compiler gave no program, for another reason than its size.
         """
         require_wheels(self.topology)
-        key = cache_key({**compiler_facts(self.topology), "quick": quick, "run": self._key()})
-        known = lookup(key)
-        if known is not None:
-            return _program_of(known)
-        done = run_child(
-            f"{__name__}:compile_in_child",
-            (self.config, self.topology, quick),
-            topology=self.topology,
-            timeout_seconds=_TIMEOUT_SECONDS,
-        )
-        program = replace(done.value, chatter=done.chatter)
-        store(key, dataclasses.asdict(program))
-        return program
+        check_leaves(self.layout, self.topology)
+
+        def compile_it() -> CompiledProgram:
+            done = run_child(
+                f"{__name__}:compile_in_child",
+                (self.config, self.topology, quick),
+                topology=self.topology,
+                timeout_seconds=_TIMEOUT_SECONDS,
+            )
+            return replace(done.value, chatter=done.chatter)
+
+        return compile_once(self.topology, {"quick": quick, "run": self._key()}, compile_it)
 
     def report(self, compiled: CompiledProgram, rates: MeasuredRates = PUBLISHED) -> PlanReport:
         """Read a compiled program into a report."""
@@ -197,23 +223,34 @@ class Plan:
         )
         read = reading.cost is not None
         flops, time = compute_and_time(reading, facts, self.mesh, self.topology, self.links)
-        known = self._facts(reading.collectives, compiled, time.compute_seconds)
-        provenance = provenance_of(compiled, self.topology, reading) | _STATE
+        collectives = reading.collectives if read else shapes.collectives
+        known = self._facts(collectives, compiled.chatter, time.compute_seconds)
+        memory, verdict = judged(_memory(shapes.memory, compiled), compiled)
+        provenance = provenance_of(compiled, self.topology, reading, rates) | _STATE
+        if not read:
+            peak = provenance["memory.peak_bytes"]
+            provenance = {**_from_shapes(rates), "memory.peak_bytes": peak}
         return PlanReport(
             topology=str(self.topology),
             mesh=self.mesh.sizes,
             model=facts.model,
-            memory=_memory(shapes.memory, compiled),
-            collectives=reading.collectives,
-            traffic=traffic_of(reading.collectives, self.mesh, bounds, self.links)
+            memory=memory,
+            collectives=collectives,
+            traffic=traffic_of(collectives, self.mesh, bounds, self.links, rates.links)
             if read
             else shapes.traffic,
             flops=flops if read else shapes.flops,
             time=time if read else shapes.time,
             warnings=warnings_of(known),
             decisions=self._decisions(),
-            provenance=provenance if read else {**_FROM_SHAPES, **_PEAK_ONLY},
-            unread=(*((note,) if note else ()), *self._notes(), *reading.unread),
+            provenance=provenance,
+            # Wheels that do not pair are worth a word where they cost figures.
+            unread=(
+                *((note,) if note and not read else ()),
+                *verdict,
+                *self._notes(),
+                *reading.unread,
+            ),
         )
 
     def _notes(self) -> tuple[str, ...]:
@@ -234,10 +271,23 @@ class Plan:
             self.links,
             compute_itemsize=self.itemsize,
             fused_attention=kernel != "matmuls",
+            rates=self._fractions(rates),
+        )
+
+    def _fractions(self, rates: MeasuredRates) -> Rates:
+        """Measured rates as the closed forms want them: of the data sheet's."""
+        chip = chip_of(self.topology)
+        if chip is None or rates == PUBLISHED:
+            return DATA_SHEET
+        kind = {2: "bf16", 4: "f32"}[self.itemsize]
+        return Rates(
+            rates.matmul(chip, kind) / chip.peak_flops.get(kind, chip.peak_flops["bf16"]),
+            rates.memory(chip) / chip.memory_bandwidth,
+            rates.links,
         )
 
     def _facts(
-        self, collectives: Any, compiled: CompiledProgram, compute_seconds: float | None
+        self, collectives: Sequence[Collective], chatter: str, compute_seconds: float | None
     ) -> PlanFacts:
         """What the warnings are found in."""
         layout, config = self.layout, self.config
@@ -256,14 +306,14 @@ class Plan:
             collectives,
             self.mesh,
             self.topology,
-            chatter=compiled.chatter,
+            chatter=chatter,
             links=self.links,
             compute_seconds=compute_seconds,
             compute_itemsize=self.itemsize,
             leaves=leaves,
             gathers=gathers,
             scattered=frozenset(scattered),
-            accumulates=config.grad_accum > 1 and config.accumulate == "whole",
+            accumulates=config.grad_accum > 1,
         )
 
     def _model(self, kernel: str) -> dict[str, Any]:
@@ -289,7 +339,8 @@ class Plan:
     def _key(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self.config)
         kept = {name: value for name, value in fields.items() if name not in _NOT_COMPILED}
-        return kept | {"mesh": str(self.mesh), "cudnn": _has_cudnn_wheel()}
+        masked = self.config.data.mask_documents
+        return kept | {"mesh": str(self.mesh), "masked": masked, "cudnn": _has_cudnn_wheel()}
 
 
 def compile_in_child(
@@ -336,13 +387,6 @@ def _memory(shapes: MemoryEstimate, compiled: CompiledProgram) -> MemoryEstimate
     )
 
 
-def _program_of(known: dict[str, Any]) -> CompiledProgram:
-    refused = known["out_of_memory"]
-    return CompiledProgram(
-        **{**known, "out_of_memory": OutOfMemory(**refused) if refused else None}
-    )
-
-
 @functools.cache
 def _has_cudnn_wheel() -> bool:
     from meshwright.train.attention import has_cudnn_wheel
@@ -355,12 +399,19 @@ _STATE: dict[str, tuple[Origin, str]] = {
     f"memory.{name}_bytes": _SHAPES
     for name in ("parameters", "gradients", "optimizer", "batch", "activations")
 }
-_FROM_SHAPES: dict[str, tuple[Origin, str]] = {
-    **_STATE,
-    "memory": _SHAPES,
-    "collectives": ("formula", "what the strategies must move, not what a compiler emits"),
-    "traffic": _SHAPES,
-    "flops": _SHAPES,
-    "time": ("data sheet", "closed forms at the data sheet's rates; unvalidated"),
-}
-_PEAK_ONLY: dict[str, tuple[Origin, str]] = {"memory.peak_bytes": ("compiler", "")}
+
+
+def _from_shapes(rates: MeasuredRates) -> dict[str, tuple[Origin, str]]:
+    time: tuple[Origin, str] = (
+        ("data sheet", "closed forms at the data sheet's rates; unvalidated")
+        if rates == PUBLISHED
+        else ("calibration", "closed forms at measured rates; unvalidated")
+    )
+    return {
+        **_STATE,
+        "memory": _SHAPES,
+        "collectives": ("formula", "what the strategies must move, not what a compiler emits"),
+        "traffic": _SHAPES,
+        "flops": _SHAPES,
+        "time": time,
+    }

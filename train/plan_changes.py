@@ -9,7 +9,6 @@ they find small enough are then compiled, until a few fit, because a closed form
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -40,19 +39,20 @@ def with_changes(plan: Plan, report: PlanReport, *, compile_them: bool) -> PlanR
     Args:
         plan: that does not fit.
         report: of it.
-        compile_them: by the compiler; else by the closed forms.
+        compile_them: by the compiler; else, and where the closed forms find none of them near
+            the limit, by the closed forms.
     """
     limit = report.memory.limit_bytes
     if limit is None:
         return report
     found = [candidate for config, flags in candidates(plan.config, plan.mesh)
              if (candidate := _estimated(plan, config, flags))]  # fmt: skip
-    if compile_them:
-        near = [candidate for candidate in found if candidate.peak_bytes <= limit * _DOUBT]
-        near = near or sorted(found, key=lambda candidate: candidate.peak_bytes)
+    near = [candidate for candidate in found if candidate.peak_bytes <= limit * _DOUBT]
+    if compile_them and near:
         changes = [change for candidate in near[:_COMPILED] if (change := _compiled(candidate))]
     else:
-        ranked = sorted(found, key=lambda candidate: candidate.peak_bytes > limit)
+        # What fits in the order of the candidates, then what comes nearest to fitting.
+        ranked = sorted(found, key=lambda one: max(one.peak_bytes, limit))
         changes = [
             Change(one.flags, one.peak_bytes, one.peak_bytes <= limit, "formula")
             for one in ranked[:_SHOWN]
@@ -119,8 +119,9 @@ def _meshes(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]
         named = zip(("data", "fsdp", "tensor"), shape, strict=True)
         text = ",".join(f"{axis}={size}" for axis, size in named if size > 1)
         if text and text != str(mesh):
-            changed = dataclasses.replace(config, mesh=text, zero=0)
-            found.append((changed, f"--mesh {text}"))
+            # Without data there is nothing for ZeRO to split, and with fsdp no need of it.
+            changed = replace(config, mesh=text, zero=0)
+            found.append((changed, f"--mesh {text}" + (" --zero 0" if config.zero else "")))
     return found
 
 

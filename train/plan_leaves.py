@@ -16,17 +16,59 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
+from meshwright.sharding.chips import chip_of
 from meshwright.sharding.decisions import axes_of
+from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.hlo import Instruction, Shape
 from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.slices import slices_of
+from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout
 
-__all__ = ["ACTIVATIONS", "leaf_namer", "local_shape"]
+__all__ = ["ACTIVATIONS", "check_leaves", "leaf_namer", "local_shape"]
 
 ACTIVATIONS = "activations"
 _SCOPE = re.compile(r"weight:([\w.]+)")
 _NAMED = 2
+
+
+def check_leaves(layout: Layout, topology: Topology) -> None:
+    """Refuse a plan in which one parameter is larger than a device: no answer to it is of use.
+
+    Args:
+        layout: resolved layouts; the masters count.
+        topology: the hardware; of simulated devices any size is taken.
+
+    Raises:
+        PlacementError: names the largest such parameter and hardware that holds the state.
+    """
+    chip = chip_of(topology)
+    if chip is None or not layout.masters:
+        return
+    largest = max(layout.masters, key=lambda decision: decision.bytes_per_device)
+    if largest.bytes_per_device <= chip.limit_bytes:
+        return
+    everything = [*layout.masters, *layout.moments]
+    state = sum(decision.leaf.size_bytes for decision in everything)
+    needed = -(-state // chip.limit_bytes)
+    per_chip = chip.devices_per_chip
+    shapes = slices_of(chip.name)
+    most = math.prod(shapes[-1]) * per_chip
+    such = next(
+        (Topology(chip.name, shape) for shape in shapes if math.prod(shape) * per_chip >= needed),
+        Topology(chip.name, shapes[-1], -(-needed // most)),
+    )
+    raise PlacementError(
+        f"cannot plan for `{topology}`: one parameter is larger than a device",
+        where=f"{largest.leaf.path} {'×'.join(map(str, largest.leaf.shape))} float32, "
+        f"mesh {layout.mesh}",
+        why=f"it takes {format_bytes(largest.bytes_per_device)} on each device, "
+        f"which has {format_bytes(chip.limit_bytes)}",
+        fix=f"parameters and optimizer state take {format_bytes(state)}: split them over at least "
+        f"{needed} devices, such as {such}, by fsdp or tensor in the mesh",
+    )
 
 
 def local_shape(shape: Sequence[int], spec: PartitionSpec, mesh: MeshSpec) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ before the report is whole, and a file that cannot be written is refused before 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshwright.sharding.aot_errors import CompileError
 from meshwright.sharding.aot_program import CompiledProgram
+from meshwright.sharding.aot_wheels import require_wheels
 from meshwright.sharding.budget import Breach, Budget, check, load_budget
 from meshwright.sharding.calibration import check_matches
 from meshwright.sharding.calibration_file import load_calibration
@@ -29,9 +32,11 @@ from meshwright.sharding.plan_warnings import WARNING_CODES
 from meshwright.sharding.planned import PlanReport
 from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
 from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.plan import Plan
 from meshwright.train.plan_changes import with_changes
+from meshwright.train.plan_leaves import check_leaves
 
 __all__ = ["Asked", "answer"]
 
@@ -85,9 +90,11 @@ def answer(config: TrainConfig, asked: Asked) -> int:
     rates = _rates(asked.calibration, topology)
     files = _writable(asked)
     plan = Plan.of(config, topology)
-    report, compiled = _report(plan, asked, rates)
+    check_leaves(plan.layout, topology)
+    compiler = _has_compiler(topology, asked)
+    report, compiled = _report(plan, asked, rates, compiler)
     if report.fits is False:
-        report = with_changes(plan, report, compile_them=compiled is not None)
+        report = with_changes(plan, report, compile_them=compiler)
     breaches = check(budget, report, WARNING_CODES) if budget else ()
     _print(report, budget, breaches)
     _write(files, plan, report, compiled)
@@ -122,19 +129,49 @@ def _rates(path: str | None, topology: Topology) -> MeasuredRates:
     return MeasuredRates.of(calibration, chip)
 
 
-def _report(
-    plan: Plan, asked: Asked, rates: MeasuredRates
-) -> tuple[PlanReport, CompiledProgram | None]:
-    """By the compiler if there is one and it is wanted, else from shapes."""
-    if plan.topology.kind == "cpu" or asked.effort == "shapes":
-        return plan.estimate(rates), None
+def _has_compiler(topology: Topology, asked: Asked) -> bool:
+    """Whether a compiler is to be asked: not where there is none and nothing depends on one."""
+    if asked.effort == "shapes" or (topology.kind == "cpu" and not asked.hlo):
+        return False
+    if topology.kind == "cpu":
+        raise ConfigError(
+            "cannot write a compiled program",
+            where=f"--hlo {asked.hlo}, --topology {topology}",
+            why="for simulated devices nothing is compiled: their program is no other hardware's",
+            fix="leave --hlo out, or plan for hardware, such as v5e:2x4 or h100:1x8",
+        )
     try:
-        compiled = plan.compiled(quick=asked.effort == "quick")
+        require_wheels(topology)
     except MissingExtraError as error:
         if asked.hlo:
             raise
         print(f"note: {error}\n  The figures below are closed forms.", file=sys.stderr)
+        return False
+    return True
+
+
+def _report(
+    plan: Plan, asked: Asked, rates: MeasuredRates, compiler: bool
+) -> tuple[PlanReport, CompiledProgram | None]:
+    """By the compiler if there is one and it is wanted, else from shapes."""
+    if compiler and plan.outgrows and not asked.hlo:
+        print(
+            f"note: parameters and optimizer state alone take {format_bytes(plan.state_bytes)} on "
+            "each device, more than it has:\n  nothing was compiled, the figures below are closed "
+            "forms.",
+            file=sys.stderr,
+        )
+        compiler = False
+    if not compiler:
         return plan.estimate(rates), None
+    try:
+        compiled = plan.compiled(quick=asked.effort == "quick")
+    except CompileError as error:
+        if asked.hlo:
+            _keep_chatter(asked.hlo, error.chatter)
+        raise
+    if compiled.quick:
+        print("note: compiled at low effort, which gives no verdict.", file=sys.stderr)
     return plan.report(compiled, rates), compiled
 
 
@@ -158,7 +195,14 @@ def _writable(asked: Asked) -> Mapping[str, Path]:
         for kind, name in (("json", asked.json), ("html", asked.html), ("hlo", asked.hlo))
         if name
     }
-    for path in files.values():
+    for kind, path in files.items():
+        other = next((name for name in files if name != kind and files[name] == path), None)
+        if other:
+            raise ConfigError(
+                f"cannot write --{other} and --{kind} to the same file",
+                where=str(path),
+                fix="name two files",
+            )
         folder = path.parent
         why = (
             "it is a folder" if path.is_dir()
@@ -183,9 +227,18 @@ def _write(
                 layout = physical_layout(plan.topology, plan.mesh)
                 path.write_text(report_html(report, layout), encoding="utf-8")
             elif compiled is not None:
+                if compiled.text is None:
+                    why = compiled.text_error or "the compiler refuses it for its size"
+                    print(f"note: `{path}` is empty, there is no program: {why}", file=sys.stderr)
                 path.write_text(compiled.text or "", encoding="utf-8")
-                Path(f"{path}.log").write_text(compiled.chatter, encoding="utf-8")
+                _keep_chatter(str(path), compiled.chatter)
         except OSError as error:
             raise RunError(
                 f"cannot write `{path}`", why=str(error.strerror or error), fix="name another file"
             ) from None
+
+
+def _keep_chatter(program: str, chatter: str) -> None:
+    """What the compiler wrote goes beside the program, and there also if it gave none."""
+    with contextlib.suppress(OSError):
+        Path(f"{program}.log").write_text(chatter, encoding="utf-8")

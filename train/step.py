@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from meshwright.models.hooks import Hooks
+from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
 from meshwright.train.attention import attention_of
@@ -61,6 +61,7 @@ Batch = dict[str, jax.Array]
 masked documents also ``segments`` and ``positions`` int32 of that shape."""
 
 _NORM_MEAN_DECAY = 0.95
+_EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -253,13 +254,16 @@ def sampling_hooks(spec: StepSpec) -> Hooks:
 def _loss_sums(
     spec: StepSpec, weights: Weights, constrain: Constrain, working: Any, rows: Batch
 ) -> tuple[jax.Array, jax.Array]:
+    tokens = math.prod(rows["tokens"].shape)
+    exchange = None if spec.model.config.tied else weights.exchange_for(_EMBEDDING, tokens)
     hooks = Hooks(
         constrain=constrain,
         attention=attention_of(spec.mesh, constrain.rules),
+        look_up=exchange or take_rows,
         run_layers=weights.run_layers,
     )
     logits = spec.model.apply(
-        weights.use_all_but_layers(working),
+        weights.use_all_but_layers(working, but=(_EMBEDDING,) if exchange else ()),
         rows["tokens"],
         positions=rows.get("positions"),
         segments=rows.get("segments"),

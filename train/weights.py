@@ -21,7 +21,7 @@ Each use carries a name scope, so that whoever reads the compiled program knows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meshwright.models.config import Remat
 from meshwright.models.hooks import scan_layers
 from meshwright.sharding.decisions import axes_of
+from meshwright.train.embedding import Exchange
 from meshwright.train.layout import Layout
 
 __all__ = ["LAYERS", "Reductions", "Weights", "scope_of"]
@@ -76,6 +77,11 @@ class Weights:
         final: bool = False,
     ) -> None:
         self.mesh, self.dtype, self.reductions = mesh, dtype, reductions
+        self.rows = {
+            name: leaf.shape[0]
+            for name, leaf in shapes.items()
+            if name != LAYERS and hasattr(leaf, "shape")
+        }
         self.working_specs = layout.working.specs(shapes)
         self.master_specs = layout.masters.specs(shapes)
         self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
@@ -96,9 +102,26 @@ class Weights:
 
         return jax.tree.map(one, masters, self.working_specs, self.master_specs)
 
-    def use_all_but_layers(self, params: Any) -> Any:
-        """Cast and gather what is not inside the layer loop."""
-        outside = {key: tree for key, tree in params.items() if key != LAYERS}
+    def exchange_for(self, name: str, tokens: int) -> Exchange | None:
+        """A lookup that moves rows and not the table; None where gathering is as good.
+
+        Args:
+            name: a parameter [V, D] outside of the layers.
+            tokens: looked up by one device, in one microbatch.
+        """
+        working, reduced = self.working_specs[name], self.reduced_specs[name]
+        now = self.reductions.now
+        if working != reduced or working != self.master_specs[name] or tokens >= self.rows[name]:
+            return None
+        found = Exchange(self.mesh, working, now, self.dtype, scope_of(name))
+        ours = (
+            set(found.columns) and set(found.columns) <= set(now) and not set(found.ids) & set(now)
+        )
+        return found if ours else None
+
+    def use_all_but_layers(self, params: Any, but: Sequence[str] = ()) -> Any:
+        """Cast and gather what is not inside the layer loop, except what ``but`` names."""
+        outside = {key: tree for key, tree in params.items() if key not in (LAYERS, *but)}
         roles = (self.working_specs, self.compute_specs, self.reduced_specs)
         working, compute, reduced = ({key: specs[key] for key in outside} for specs in roles)
         used = self._use(outside, working, compute, reduced)
@@ -143,21 +166,14 @@ class Weights:
         return jax.tree.map(self._put, grads, self.master_specs)
 
     def _use(self, weights: Any, working: Any, compute: Any, reduced: Any, parent: str = "") -> Any:
-        def one(path: Any, *leaf: Any) -> jax.Array:
+        def one(path: Any, weight: jax.Array, *specs: PartitionSpec) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            name = f"{parent}/{name}" if parent else name
-            return self._use_one(*leaf, scope_of(name))
+            return self._use_one(weight, specs, scope_of(f"{parent}/{name}" if parent else name))
 
         return jax.tree_util.tree_map_with_path(one, weights, working, compute, reduced)
 
-    def _use_one(
-        self,
-        weight: jax.Array,
-        working: PartitionSpec,
-        compute: PartitionSpec,
-        reduced: PartitionSpec,
-        scope: str,
-    ) -> jax.Array:
+    def _use_one(self, weight: jax.Array, specs: Sequence[PartitionSpec], scope: str) -> jax.Array:
+        working, compute, reduced = specs
         stored = weight.dtype
 
         @jax.custom_vjp

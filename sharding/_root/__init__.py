@@ -1,7 +1,9 @@
 """Parallel training of Flax models on JAX: declare, resolve, train.
 
 ``meshwright.sharding`` is the toolkit, ``meshwright.models`` the decoders, ``meshwright.train``
-the loop. Each is imported on first use, and none of them imports jax before it has to.
+the loop. Each is imported on first use, and none of them imports jax before it has to. `Plan` and
+`analyze` say what a step will hold, move and take on hardware that is not here: a training run's
+own, and anybody's.
 
 >>> import meshwright
 >>> meshwright.sharding.ConfigError.__name__
@@ -17,10 +19,14 @@ if TYPE_CHECKING:
     from meshwright import models as models
     from meshwright import sharding as sharding
     from meshwright import train as train
+    from meshwright.sharding.analysis import analyze as analyze
+    from meshwright.train.plan import Plan as Plan
 
     __version__: str
 
-__all__ = ["__version__", "models", "sharding", "train"]
+__all__ = ["Plan", "__version__", "analyze", "models", "sharding", "train"]
+
+_MODULE_OF = {"Plan": "train.plan", "analyze": "sharding.analysis"}
 
 
 def __getattr__(name: str) -> object:
@@ -29,6 +35,8 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version(__name__)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module(f"{__name__}.{name}")
