@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
             hooks: where parallelism steps in; the single-device defaults if None.
 
         Returns:
-            Logits float32 [B, T, V].
+            Logits float32 [B, T, V], or what ``hooks.score`` makes of them.
 
         Raises:
             ConfigError: more tokens than ``max_length``.
@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
 
         x = self._embed(tokens, positions, shared)
         x = hooks.run_layers(body, nnx.to_pure_dict(stacked), x, self.config.remat)
-        return self._logits(x, shared)
+        return hooks.score(self.final_norm(x), lambda x: self._logits(x, shared))
 
     def extend(
         self, tokens: Array, cache: Cache, *, hooks: Hooks | None = None
@@ -148,7 +148,8 @@ class Decoder(nnx.Module):
 
         carry = (self._embed(tokens, positions, shared), cache)
         x, cache = hooks.run_layers(body, nnx.to_pure_dict(stacked), carry, "none")
-        return self._logits(x[:, -1:], shared)[:, 0], cache.after(tokens.shape[1])
+        logits = self._logits(self.final_norm(x[:, -1:]), shared)
+        return logits[:, 0], cache.after(tokens.shape[1])
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:
@@ -179,7 +180,6 @@ class Decoder(nnx.Module):
         return shared.hooks.constrain(x, ("batch", shared.length, "embed"))
 
     def _logits(self, x: Array, shared: Shared) -> Array:
-        x = self.final_norm(x)
         if self.head is None:
             equation, weights = "btd,vd->btv", self.embedding[...]
         else:

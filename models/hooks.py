@@ -31,6 +31,7 @@ __all__ = [
     "constrain_nothing",
     "cudnn_serves",
     "dot_product",
+    "project_all",
     "rematerialise",
     "scan_layers",
     "take_rows",
@@ -112,6 +113,16 @@ def take_rows(table: Array, tokens: Array) -> Array:
     return jnp.take(table, tokens, axis=0, mode="clip")
 
 
+def project_all(x: Array, project: Callable[[Array], Array]) -> Array:
+    """Logits of all positions at once.
+
+    Args:
+        x: the normed stream [B, T, D].
+        project: [B, t, D] → float32 logits [B, t, V], for any t.
+    """
+    return project(x)
+
+
 def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     """Wrap a layer so that the backward pass recomputes what ``remat`` does not keep.
 
@@ -157,10 +168,13 @@ class Hooks:
         constrain: (x, names of its dims, None for a dim that stays whole) → x.
         attention: as `dot_product`.
         look_up: as `take_rows`.
+        score: as `project_all`; what it returns, the model returns. A loss taken in here never
+            needs the logits of all positions at once.
         run_layers: as `scan_layers`. Only ``body`` touches the parameters of a layer.
     """
 
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = constrain_nothing
     attention: Callable[..., Array] = dot_product
     look_up: Callable[[Array, Array], Array] = take_rows
+    score: Callable[[Array, Callable[[Array], Array]], Any] = project_all
     run_layers: Callable[[LayerBody, Any, Any, Remat], Any] = scan_layers

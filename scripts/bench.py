@@ -1,13 +1,14 @@
 """`meshwright bench NAME`: run one of the benchmarks whose numbers the README quotes.
 
-``python scripts/bench.py NAME FLAGS`` is the same program. The benchmarks are functions of
-`meshwright.train.bench`, from a configuration to an exit code.
+``python scripts/bench.py NAME FLAGS`` is the same program. The benchmarks are functions
+from a configuration to an exit code.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from meshwright.scripts.flags import read
 from meshwright.sharding.errors import ConfigError, did_you_mean
@@ -15,13 +16,14 @@ from meshwright.sharding.errors import ConfigError, did_you_mean
 __all__ = ["BENCHMARKS", "main"]
 
 BENCHMARKS = {
-    "parity": "losses and gradients on every mesh against those of one device",
-    "overhead": "time of the step against the same mathematics written by hand",
-    "launch": "seconds from the command to the first finished step, cold and warm",
-    "lowering": "time to trace and lower the step against the number of layers",
-    "pauses": "time the loop waits for data, and for a checkpoint",
+    "parity": ("bench", "losses and gradients on every mesh against those of one device"),
+    "overhead": ("bench", "time of the step against the same mathematics written by hand"),
+    "launch": ("bench", "seconds from the command to the first finished step, cold and warm"),
+    "lowering": ("bench", "time to trace and lower the step against the number of layers"),
+    "pauses": ("bench", "time the loop waits for data, and for a checkpoint"),
+    "traffic": ("bench_traffic", "wire bytes of compiled plans against their lower bounds"),
 }
-"""Each benchmark, a function of that name in `meshwright.train.bench`, and what it measures."""
+"""Each benchmark, a function of that name in a module of `meshwright.train`, and what it is for."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,14 +35,13 @@ def main(argv: Sequence[str]) -> int:
     if name not in BENCHMARKS:
         what = f"there is no benchmark `{name}`" if name else "there is no benchmark named"
         raise ConfigError(what, fix=did_you_mean(name, BENCHMARKS))
-    config, _ = read(argv[1:], f"bench {name}", about=f"Measure {BENCHMARKS[name]}.")
-    from meshwright.train import bench  # brings jax
-
-    return getattr(bench, name)(config)
+    module, what = BENCHMARKS[name]
+    config, _ = read(argv[1:], f"bench {name}", about=f"Measure {what}.")
+    return getattr(import_module(f"meshwright.train.{module}"), name)(config)  # brings jax
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {what}" for name, what in BENCHMARKS.items()]
+    lines = [f"  {name:<10} {what}" for name, (_, what) in BENCHMARKS.items()]
     listed = "\n".join(lines)
     return f"usage: meshwright bench NAME [FLAGS of train]\n\n{listed}\n"
 

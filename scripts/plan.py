@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from meshwright.scripts.flags import Option, read
 
-__all__ = ["main"]
+__all__ = ["OPTIONS", "main"]
 
 _ABOUT = """\
 Compile the train step for hardware that is not here and say whether it fits, what it moves, how
@@ -18,7 +18,7 @@ long a step takes and what is wrong with it. Takes the flags of train. Without t
 compiler (extras tpu and gpu-plan), or on cpu:N, the figures are closed forms of the shapes.
 Exit codes: 0 fits and is within the budget, 1 does not fit or breaks the budget, 2 bad input."""
 
-_OPTIONS = (
+OPTIONS = (
     Option("--json", "FILE", "Also write the report as JSON."),
     Option("--html", "FILE", "Also write the report as one self-contained page."),
     Option("--hlo", "FILE", "Also write the compiled program and, to FILE.log, the chatter."),
@@ -27,11 +27,12 @@ _OPTIONS = (
     Option("--effort", "LEVEL", "full (the default), quick (compile at low effort: no verdict) or "
            "shapes (do not compile)."),
 )  # fmt: skip
+"""The flags of the verb that are no settings of a run."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb on the words after it and return the exit code."""
-    config, given = read(_spelled_out(argv), "plan", about=_ABOUT, options=_OPTIONS)
+    config, given = read(_spelled_out(argv), "plan", about=_ABOUT, options=OPTIONS)
     from meshwright.train.planning import Asked, answer  # brings jax
 
     options = {flag.removeprefix("--"): value for flag, value in given.items()}

@@ -45,7 +45,7 @@ WARNING_CODES = (
 """Every code a warning can have."""
 
 _REMATERIALIZED = re.compile(
-    r"[Ii]nvoluntary full rematerialization\. The compiler (?:was not able|cannot) to go from "
+    r"[Ii]nvoluntary full rematerialization\. The compiler (?:was not able to|cannot) go from "
     r"sharding (?P<old>.+?) to (?P<new>.+?) (?:without|for HLO operation:|efficiently)"
 )
 _OPERATION = re.compile(r'op_name="([^"]*)"')
@@ -85,6 +85,7 @@ class PlanFacts:
         leaves: parameters.
         gathers: by leaf, how often a step has to gather it, each layer counted.
         scattered: axes over which parameters are split, so gradients reduce-scattered.
+        exchanged: leaves whose rows are meant to travel by all-to-all.
         accumulates: the step has several microbatches.
         changing: paths of arguments whose type changes with their value.
     """
@@ -99,6 +100,7 @@ class PlanFacts:
     leaves: Sequence[PlacedLeaf] = ()
     gathers: Mapping[str, int] = field(default_factory=dict)
     scattered: frozenset[str] = frozenset()
+    exchanged: frozenset[str] = frozenset()
     accumulates: bool = False
     changing: Sequence[str] = ()
 
@@ -181,11 +183,11 @@ def _float32(facts: PlanFacts) -> Iterator[PlanWarning]:
 
 
 def _undeclared(facts: PlanFacts) -> Iterator[PlanWarning]:
-    """All-to-alls, and gathers of activations: no strategy of ours asks for either."""
+    """Gathers of activations, and all-to-alls but for those of an embedding's rows."""
 
     def declared(found: Collective) -> bool:
         if found.kind == "all-to-all":
-            return False
+            return found.leaf in facts.exchanged
         return not (found.kind == "all-gather" and found.leaf.startswith("activations"))
 
     for group in _grouped(c for c in facts.collectives if not declared(c)):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.scripts.flags import parse
+from meshwright.scripts.flags import read
 from meshwright.scripts.main import VERBS
+from meshwright.scripts.plan import OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,8 +40,9 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     _, verb, *words = shlex.split(command)
     assert verb in VERBS
-    if verb in ("train", "explain"):
-        parse(words, verb)
+    if verb in ("train", "explain", "plan"):
+        options = OPTIONS if verb == "plan" else ()
+        read(words, verb, options=options)
 
 
 def test_the_two_commands_come_first() -> None:

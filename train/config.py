@@ -159,10 +159,14 @@ class LossConfig:
     """Weight of the squared log of the softmax's denominator (Chowdhery et al. 2022); 0: off."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the whole vocabulary."""
+    chunks: int = 1
+    """Parts the length of a row is cut into for the logits, one at a time in memory; more than 1
+    computes them again in the backward pass."""
 
     def __post_init__(self) -> None:
         _check_number(self, "loss.z_loss", 0)
         _check_number(self, "loss.label_smoothing", 0, 1)
+        _check_whole(self, "loss.chunks", 1)
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,7 @@ class TrainConfig:
         self._check_batch()
         self._check_schedule()
         self._check_length()
+        self._check_chunks()
         self._check_profile()
 
     @property
@@ -360,6 +365,18 @@ class TrainConfig:
                 where=f"seq_len={self.seq_len}, model.max_length={model.max_length}",
                 why=f"its learned positions end at {model.max_length}",
                 fix=f"use seq_len {model.max_length} or less, or model.max_length {self.seq_len}",
+            )
+
+    def _check_chunks(self) -> None:
+        length, chunks = self.seq_len, self.loss.chunks
+        if length % chunks:
+            below = max(n for n in range(1, chunks) if length % n == 0)
+            above = next((n for n in range(chunks + 1, length + 1) if length % n == 0), None)
+            raise ConfigError(
+                "cannot cut rows into chunks for the loss",
+                where=f"seq_len={length}, loss.chunks={chunks}",
+                why=f"{length} tokens are not divisible by {chunks}",
+                fix=f"use loss.chunks {below}" + (f" or {above}" if above else ""),
             )
 
     def _check_profile(self) -> None:

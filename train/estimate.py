@@ -25,10 +25,11 @@ from meshwright.sharding.planned import (
     StepEstimate,
 )
 from meshwright.sharding.rules import Rules
+from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
 from meshwright.train.config import TrainConfig
-from meshwright.train.estimate_memory import memory_of
+from meshwright.train.estimate_memory import MARGIN, memory_of
 from meshwright.train.estimate_placement import place
-from meshwright.train.estimate_time import DATA_SHEET, Rates, compute_of, step_time
+from meshwright.train.estimate_time import compute_of, time_of, work_of
 from meshwright.train.estimate_traffic import by_axis, expected_collectives
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def estimate(
     *,
     compute_itemsize: int,
     fused_attention: bool,
-    rates: Rates = DATA_SHEET,
+    rates: MeasuredRates = PUBLISHED,
+    margin: float = MARGIN,
 ) -> Estimate:
     """Estimate a train step without compiling or tracing it.
 
@@ -79,7 +81,9 @@ def estimate(
         compute_itemsize: bytes of an element of the compute dtype.
         fused_attention: whether attention is one kernel that never stores its scores; see
             `meshwright.train.attention`.
-        rates: fractions of the data sheet's rates that are reached.
+        rates: measured on such a chip; else its data sheet's.
+        margin: part of the predicted peak that is added to it, so that ``memory.fits`` is a careful
+            verdict; 0 for the bare prediction, to rank by or to compare with a compiler's.
 
     Raises:
         PlacementError: the batch or a leaf cannot be split as the mesh asks.
@@ -96,21 +100,22 @@ def estimate(
     placement = place(config, mesh, rules)
     kind = chip.kind if chip else "tpu"
     how: dict[str, Any] = {"itemsize": compute_itemsize, "fused_attention": fused_attention}
-    collectives = expected_collectives(placement, compute_itemsize)
+    collectives = expected_collectives(placement, compute_itemsize, chip.kind if chip else None)
     # Everything expected is needed: the two differ once a compiler has had its say.
     traffic = {
         axis: _traffic(sent, links.get(axis) if links else None, rates)
         for axis, sent in by_axis(placement, collectives).items()
     }
-    compute = compute_of(placement, **how, kind=kind)
-    rated: dict[str, Any] = {"itemsize": compute_itemsize, "rates": rates}
-    time = step_time(placement, compute, traffic, collectives, chip, links, **rated)
+    work = work_of(placement, **how, kind=kind)
+    time = time_of(
+        placement, work, collectives, chip, links, itemsize=compute_itemsize, rates=rates
+    )
     limit = chip.limit_bytes if chip else None
-    memory = memory_of(placement, **how, kind=kind, limit_bytes=limit)
-    return Estimate(memory, collectives, traffic, compute, time)
+    memory = memory_of(placement, **how, kind=kind, limit_bytes=limit, margin=margin)
+    return Estimate(memory, collectives, traffic, compute_of(placement, work), time)
 
 
-def _traffic(sent: float, link: AxisLink | None, rates: Rates) -> AxisTraffic:
+def _traffic(sent: float, link: AxisLink | None, rates: MeasuredRates) -> AxisTraffic:
     if link is None:
         return AxisTraffic(round(sent), sent)
     bandwidth = link.bandwidth * rates.links

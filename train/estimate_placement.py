@@ -63,6 +63,7 @@ class _Names(NamedTuple):
     activations: dict[str, Axes]
     token_axes: Axes
     deferred: Axes
+    columns: Axes
     checks: tuple[tuple[str, int, Axes, Table], ...]
 
 
@@ -78,6 +79,8 @@ class Placement:
         activations: axes by activation dim.
         token_axes: axes that split rows or their length.
         deferred: axes whose gradients stay partial sums until the end of the step.
+        exchanged: axes that split the embedding's columns, where rows are looked up by exchange
+            (`meshwright.train.embedding`) and the table is not gathered; else empty.
         rows: of a microbatch on a device.
         length: tokens of a row on a device.
     """
@@ -89,6 +92,7 @@ class Placement:
     activations: Mapping[str, Axes]
     token_axes: Axes
     deferred: Axes
+    exchanged: Axes
     rows: int
     length: int
 
@@ -123,7 +127,8 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
     """
     check_batch(config, rules, mesh)
     many = config.grad_accum > 1
-    names = _names(config.model, rules, many)
+    model = config.model
+    names = _names(model, rules, many)
     sizes = mesh.sizes
     for dim, size, axes, table in names.checks:
         parts = 1
@@ -150,9 +155,13 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         ]
     )
     activations = {dim: kept(axes) for dim, axes in names.activations.items()}
-    state = _moment_axes(config.optimizer, config.model, rules)
+    state = _moment_axes(config.optimizer, model, rules)
     rows = config.batch_size // config.grad_accum
     parts = [math.prod([sizes[axis] for axis in activations[dim]]) for dim in ("batch", "length")]
+    deferred = kept(names.deferred) if many else ()
+    exchanged = names.columns if names.columns == kept(names.columns) else ()
+    if set(exchanged) & set(deferred) or rows // parts[0] * config.seq_len >= model.vocab_size:
+        exchanged = ()  # `Weights.exchange_for`: a table of fewer rows than tokens is gathered
     return Placement(
         config=config,
         sizes=sizes,
@@ -160,7 +169,8 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         moments=tuple([(group, kept(axes)) for group, axes in state]),
         activations=activations,
         token_axes=kept(names.token_axes),
-        deferred=kept(names.deferred) if many else (),
+        deferred=deferred,
+        exchanged=exchanged,
         rows=rows // parts[0],
         length=config.seq_len // parts[1],
     )
@@ -195,7 +205,21 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
         axis for group in groups_of(model) for axis in _group_axes(group, rules, "gradients")
     }
     deferred = tuple(axis for axis in activations["batch"] if axis not in accumulated)
-    return _Names(tuple(groups), activations, tokens, deferred, tuple(checks))
+    columns = () if model.tied else _columns(groups, rules)
+    return _Names(tuple(groups), activations, tokens, deferred, columns, tuple(checks))
+
+
+def _columns(groups: list[PlacedGroup], rules: Rules) -> Axes:
+    """Axes over which the embedding's rows may be exchanged: they split its columns and rows of
+    the batch, and its layout is one throughout the step."""
+    columns, ids = (_axes_of(rules, "params", dim) for dim in ("embed", "vocab"))
+    batch = _axes_of(rules, "activations", "batch")
+    for group, masters, _, _, reduced, _, copied, _ in groups:
+        if group.layered or "vocab" not in dict(group.dims):
+            continue
+        if copied or reduced != masters or not set(columns) <= set(batch) or set(ids) & set(batch):
+            return ()
+    return columns
 
 
 @lru_cache(maxsize=4096)

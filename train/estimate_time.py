@@ -1,28 +1,30 @@
 """How long a step should take, by closed form: FLOPs, memory traffic and wire bytes over rates.
 
-A roofline with three kinds of roof: the matrix units, device memory, and the links of each mesh
-axis. What overlaps with what is not modelled, it is bracketed: with everything hidden behind the
-slowest the step takes their maximum, with nothing hidden their sum. Rates are those of data
-sheets, times the fractions in `Rates`, which a calibration can measure and replace; no fraction
-is guessed here. Collectives pay a latency for every execution besides.
+What a device computes and moves is counted here; how seconds are made of it, and a step's range of
+them, is `meshwright.sharding.step_time`'s, which does the same for compiled programs. So the two
+differ in what they count, never in how they weigh it.
 
 FLOPs are those of matmuls, a device's own share, recomputation included: full recomputation
 repeats a layer but for its last projection, whose output nothing in the backward pass reads. A
 fused attention kernel skips the blocks a causal mask hides, and computes scores again in its
 backward pass; materialised scores are computed whole.
+
+Memory traffic is counted in passes over what a step reads and writes: so many over a layer's
+weights, so many over an activation. The passes were counted in compiled programs (`_Passes`), whose
+fusions decide them; a step without a fused kernel is dominated by those over its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from meshwright.sharding.planned import (
-    AxisTraffic,
-    Collective,
-    ComputeEstimate,
-    StepEstimate,
+from meshwright.sharding.planned import Collective, ComputeEstimate, StepEstimate
+from meshwright.sharding.step_time import (
+    PUBLISHED,
+    MeasuredRates,
+    collective_seconds,
+    step_estimate,
 )
 from meshwright.train.estimate_placement import Placement
 from meshwright.train.flops import flops_per_token
@@ -31,66 +33,97 @@ if TYPE_CHECKING:
     from meshwright.sharding.chips import Chip
     from meshwright.sharding.links import AxisLink
 
-__all__ = ["DATA_SHEET", "Rates", "compute_of", "step_time"]
+__all__ = ["DATA_SHEET", "Rates", "StepWork", "compute_of", "time_of", "work_of"]
 
-_BLOCK = 512  # side of the blocks a fused kernel skips or computes whole
-# Matmuls of a fused kernel's backward pass, in units of the two of its forward pass: cuDNN's
-# computes scores again and then dV, dP, dQ and dK; splash attention runs one kernel for dQ and
-# one for dK and dV, and both compute scores and dP.
+# As `meshwright.sharding.step_time` has them: the side of the blocks a fused kernel computes whole
+# where the mask cuts them (of cuDNN, whose blocks are not published, half is counted), and the
+# matmuls of its backward pass over the two of its forward pass.
+_BLOCK = {"gpu": 0, "tpu": 512}
 _FUSED_BACKWARD = {"gpu": 2.5, "tpu": 3.5}
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Fractions of the data sheet's rates that are reached.
+class StepWork(NamedTuple):
+    """What one device does in a step.
 
     Attributes:
-        matmul: of peak FLOP/s.
-        memory: of memory bandwidth.
-        links: of link bandwidth.
+        matmul_flops: of matmuls, materialised scores included.
+        attention_flops: of a fused attention kernel.
+        traffic_bytes: read and written in device memory.
     """
 
-    matmul: float = 1.0
-    memory: float = 1.0
-    links: float = 1.0
+    matmul_flops: float
+    attention_flops: float
+    traffic_bytes: float
 
 
-DATA_SHEET = Rates()
-"""All of what the data sheet says: a lower bound of time."""
+class _Passes(NamedTuple):
+    """How often a step reads or writes something, in compiled programs of `train_step`.
+
+    Attributes:
+        weights: a layer's weights as matmuls read them, its gathers and whole gradients included.
+        table: embedding and head likewise.
+        stream: an activation of the residual stream, in a layer, without recomputation.
+        inner: queries, keys, values and the MLP's width, likewise.
+        logits: the float32 logits.
+    """
+
+    weights: float
+    table: float
+    stream: float
+    inner: float
+    logits: float
 
 
-def compute_of(
-    placement: Placement, *, itemsize: int, fused_attention: bool, kind: str = "tpu"
-) -> ComputeEstimate:
-    """Floating-point work and memory traffic of a step.
+# GPUs: norms are kernels of their own, in float32. TPUs: they are part of the matmuls' fusions, and
+# much stays in on-chip memory.
+_PASSES = {"gpu": _Passes(10, 20, 50, 5, 8), "tpu": _Passes(3, 3, 6, 16, 3)}
+_UPDATE = 7  # float32 master: read and written; its gradient: written, and read for norm and update
+# Bytes a score is moved over in a layer: float32 passes, those in the compute dtype, masks.
+_SCORES_AGAIN = (10, 13, 1)
+_SCORES_KEPT = (26, 7, 2)  # zeros to keep them in, copies into and out of the stack, a new layout
+
+
+def work_of(placement: Placement, *, itemsize: int, fused_attention: bool, kind: str) -> StepWork:
+    """Count a step's work on one device.
 
     Args:
         placement: from `meshwright.train.estimate_placement.place`.
         itemsize: of the compute dtype.
         fused_attention: as `meshwright.train.estimate.estimate`.
-        kind: ``tpu`` or ``gpu``, for how the fused kernel works.
+        kind: ``tpu`` or ``gpu``, for how the fused kernel and fusions work.
     """
     config = placement.config
     model, layers = config.model, config.model.layers
     tokens = placement.tokens * config.grad_accum
-    forward, attention, last, head = _token_flops(placement, fused_attention)
-    backward = (2 * forward) + attention * (_FUSED_BACKWARD[kind] if fused_attention else 2)
-    again = {"full": forward - last + attention, "dots": attention, "none": 0.0}[model.remat]
-    layer = forward + attention + backward + again
-    device = tokens * (layers * layer + 3 * head)
+    forward, attention, last, head = _token_flops(placement, fused_attention, kind)
+    again = {"full": forward - last, "dots": 0.0, "none": 0.0}[model.remat]
+    matmuls = tokens * (layers * (3 * forward + again) + 3 * head)
+    # Forward, backward, and the forward pass once more where it is not kept.
+    times = 1 + (_FUSED_BACKWARD[kind] if fused_attention else 2) + (model.remat != "none")
+    kernel = tokens * layers * attention * times
+    traffic = _memory_traffic(placement, itemsize, fused_attention, kind)
+    if fused_attention:
+        return StepWork(matmuls, kernel, traffic)
+    return StepWork(matmuls + kernel, 0.0, traffic)
+
+
+def compute_of(placement: Placement, work: StepWork) -> ComputeEstimate:
+    """A step's work beside the model's FLOPs in both conventions."""
+    config = placement.config
+    device = work.matmul_flops + work.attention_flops
     everything = config.batch_size * config.seq_len
-    whole = everything * flops_per_token(model, config.seq_len)
-    causal = everything * flops_per_token(model, config.seq_len, causal=True)
+    whole = everything * flops_per_token(config.model, config.seq_len)
+    causal = everything * flops_per_token(config.model, config.seq_len, causal=True)
     return ComputeEstimate(
         device_flops=float(device),
         model_flops=float(whole),
         model_flops_causal=float(causal),
         redundancy=device * placement.devices / whole,
-        memory_traffic_bytes=float(_memory_traffic(placement, itemsize, fused_attention)),
+        memory_traffic_bytes=float(work.traffic_bytes),
     )
 
 
-def _token_flops(placement: Placement, fused: bool) -> tuple[float, float, float, float]:
+def _token_flops(placement: Placement, fused: bool, kind: str) -> tuple[float, float, float, float]:
     """FLOPs of a token on a device: a layer's projections, its attention, its last matmul, head."""
     model, length = placement.config.model, placement.config.seq_len
     embed, gated = model.embed, model.activation == "swiglu"
@@ -99,105 +132,100 @@ def _token_flops(placement: Placement, fused: bool) -> tuple[float, float, float
     mlp = model.mlp / placement.split("mlp")
     last = 2 * embed * mlp
     projections = 4 * embed * (queries + keys) + last * (3 if gated else 2)
-    seen = min(length, (length + _BLOCK) / 2) if fused else length
+    seen = min(length, (length + _BLOCK[kind]) / 2) if fused else length
     head = 2 * embed * model.vocab_size / placement.split("vocab")
     return projections, 4 * queries * seen, last, head
 
 
-def _memory_traffic(placement: Placement, itemsize: int, fused: bool) -> float:
-    """Bytes read and written in device memory in a step.
-
-    Every matmul reads its operands and writes its result once; chains of elementwise operations
-    are one fusion that reads and writes once; scores and logits pass as often as their softmax
-    and its derivative need.
-    """
-    config = placement.config
+def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str) -> float:
+    """Bytes read and written in device memory in a step."""
+    config, passes = placement.config, _PASSES[kind]
     model, micro = config.model, config.grad_accum
-    passes = 4 if model.remat == "full" else 3  # of a layer: forward, backward twice, again
     weights = 0.0
-    for group, masters, working, compute, reduced, *_ in placement.groups:
+    for group, masters, _, compute, reduced, *_ in placement.groups:
         count = group.elements
         used = count / placement.parts(compute) * itemsize
-        gathered = 2 if working != compute else 0  # written by the gather, forward and backward
-        weights += micro * used * (passes + gathered + 2)  # and the gradient, written and read
-        weights += micro * 2 * 4 * count / placement.parts(working)  # cast from float32
-        weights += 4 * count / placement.parts(masters) * 4  # master and gradient, update
-        if micro > 1:
-            weights += micro * 3 * 4 * count / placement.parts(reduced)
+        weights += micro * used * (passes.weights if group.layered else passes.table)
+        weights += _UPDATE * 4 * count / placement.parts(masters)
+        if micro > 1:  # read, added to and written; zeros at first
+            weights += (3 * micro + 1) * 4 * count / placement.parts(reduced)
     for group, axes in placement.moments:
         weights += 2 * 4 * group.elements / placement.parts(axes)
     queries = model.heads * model.head_dim / placement.split("heads")
-    keys = model.kv_heads * model.head_dim / placement.split("kv_heads")
-    mlp = model.mlp / placement.split("mlp")
-    hidden = 7 if model.activation == "swiglu" else 4  # reads and writes between the matmuls
-    token = (10 * model.embed + 6 * queries + 6 * keys + hidden * mlp) * itemsize
+    keys = 2 * model.kv_heads * model.head_dim / placement.split("kv_heads")
+    inner = queries + keys + model.mlp / placement.split("mlp")
+    again = 4 / 3 if model.remat == "full" else 1.0  # one forward pass more than three passes
+    token = again * (passes.stream * model.embed + passes.inner * inner) * itemsize
     if not fused:
-        token += 4 * 4 * model.heads / placement.split("heads") * config.seq_len
-    vocab = model.vocab_size / placement.split("vocab")
-    logits = vocab * (4 * 4 + 3 * itemsize)  # float32: written, read for maximum, sum, gradient
-    tokens = placement.tokens * micro
-    return weights + tokens * (model.layers * passes * token + logits)
+        wide, narrow, masks = _SCORES_KEPT if model.remat == "none" else _SCORES_AGAIN
+        heads = model.heads / placement.split("heads")
+        token += (4 * wide + itemsize * narrow + masks) * heads * config.seq_len
+    logits = passes.logits * 4 * model.vocab_size / placement.split("vocab")
+    return weights + placement.tokens * micro * (model.layers * token + logits)
 
 
-def step_time(
+def time_of(
     placement: Placement,
-    compute: ComputeEstimate,
-    traffic: Mapping[str, AxisTraffic],
+    work: StepWork,
     collectives: Sequence[Collective],
     chip: Chip | None,
     links: Mapping[str, AxisLink] | None,
     *,
     itemsize: int,
-    rates: Rates = DATA_SHEET,
+    rates: MeasuredRates = PUBLISHED,
 ) -> StepEstimate:
     """Seconds of a step from its work and a chip's rates; what is not known stays None.
 
     Args:
-        placement, compute, traffic, collectives: of the plan; traffic's seconds are used.
+        placement, work, collectives: of the plan.
         chip: rates of compute and memory.
-        links: by axis; for latencies.
+        links: by axis.
         itemsize: of the compute dtype, which decides the peak.
-        rates: fractions of the data sheet.
+        rates: measured ones replace the data sheet's.
     """
-    waits = _latencies(collectives, links)
-    seconds = {
-        axis: found.seconds + waits.get(axis, 0.0)
-        for axis, found in traffic.items()
-        if found.seconds is not None and placement.sizes[axis] > 1
-    }
-    if chip is None or compute.device_flops is None or compute.memory_traffic_bytes is None:
-        return StepEstimate(None, None, seconds)
-    peak = chip.peak_flops["bf16" if itemsize == 2 else "f32"]
-    working = compute.device_flops / (peak * rates.matmul)
-    moving = compute.memory_traffic_bytes / (chip.memory_bandwidth * rates.memory)
-    named = {"compute": working, "memory": moving, **seconds}
-    low, high = max(named.values()), sum(named.values())
-    chips = placement.devices / chip.devices_per_chip
-    tokens = placement.config.batch_size * placement.config.seq_len / chips
-    useful = (compute.model_flops or 0.0) / (placement.devices * peak)
-    return StepEstimate(
-        compute_seconds=working,
-        memory_seconds=moving,
-        communication_seconds=seconds,
-        step_seconds_low=low,
-        step_seconds_high=high,
-        tokens_per_second_per_chip=(tokens / low, tokens / high),
-        mfu=(useful / low, useful / high),
+    real = {axis: link for axis, link in (links or {}).items() if placement.sizes[axis] > 1}
+    communication, exposed = collective_seconds(collectives, real, fraction=rates.links)
+    if chip is None:
+        return StepEstimate(None, None, communication)
+    dtype = "bf16" if itemsize == 2 else "f32"
+    peak = chip.peak_flops[dtype]
+    working = work.matmul_flops / rates.matmul(chip, dtype)
+    working += work.attention_flops / rates.attention(chip)
+    config = placement.config
+    return step_estimate(
+        working,
+        work.traffic_bytes / rates.memory(chip),
+        communication,
+        exposed,
+        model_flops=config.batch_size
+        * config.seq_len
+        * flops_per_token(config.model, config.seq_len),
+        tokens=config.batch_size * config.seq_len,
+        devices=placement.devices,
+        chips=placement.devices / chip.devices_per_chip,
         peak_flops=peak,
-        bound_by=max(named, key=lambda name: named[name]),
-        roofline_seconds=compute.device_flops / peak,
+        roofline_seconds=work.matmul_flops / peak + work.attention_flops / chip.peak_flops["bf16"],
     )
 
 
-def _latencies(
-    collectives: Sequence[Collective], links: Mapping[str, AxisLink] | None
-) -> dict[str, float]:
-    """Seconds of latency by axis; an all-reduce is two collectives in a row."""
-    found: dict[str, float] = {}
-    for collective in collectives if links else ():
-        times = collective.count * (2 if collective.kind == "all-reduce" else 1)
-        for axis in collective.axes:
-            link = links.get(axis) if links else None
-            if link is not None:
-                found[axis] = found.get(axis, 0.0) + times * link.latency_seconds
-    return found
+# To be deleted with `Plan._fractions`, which is all that uses it: `estimate` takes measured rates.
+DATA_SHEET = PUBLISHED
+
+
+class Rates:
+    """Fractions of the data sheet's rates that are reached."""
+
+    def __init__(self, matmul: float, memory: float, links: float) -> None:
+        self._matmul, self._memory, self.links = matmul, memory, links
+
+    def matmul(self, chip: Chip, kind: str) -> float:
+        """FLOP/s of matmuls."""
+        return self._matmul * chip.peak_flops[kind]
+
+    def attention(self, chip: Chip) -> float:
+        """FLOP/s of fused attention."""
+        return self._matmul * PUBLISHED.attention(chip)
+
+    def memory(self, chip: Chip) -> float:
+        """Bytes a second."""
+        return self._memory * chip.memory_bandwidth

@@ -5,7 +5,9 @@ Composed leaf group by leaf group from the layouts, as the step does it (`meshwr
 **Weights** cross in the compute dtype. Once a step where the working copy differs from the
 masters (ZeRO-1 and -2). Then, where tokens split what the working copy splits (FSDP), once for
 each use: a layer's in the forward pass and again in the backward pass, under every remat policy,
-since gathered weights are never kept; the embedding and the head once a microbatch.
+since gathered weights are never kept; the embedding and the head once a microbatch. An embedding
+whose rows are exchanged (`meshwright.train.embedding`) is not gathered: token ids, and a device's
+own rows of activations, cross instead, and so do their gradients.
 
 **Gradients** cross where they leave a layer's backward pass, in the compute dtype, into the
 layout they are kept in: a reduce-scatter over the axes that split that layout, then an
@@ -35,6 +37,7 @@ from meshwright.train.estimate_placement import Axes, PlacedGroup, Placement, pl
 __all__ = ["by_axis", "expected_collectives", "lower_bounds"]
 
 _DTYPES = {2: "bf16", 4: "f32"}
+_IDS = "token ids"
 _LOSS_SCALARS = 2  # the summed loss and the counted tokens
 _TOKEN_SCALARS = 3  # of the cross-entropy: maximum, sum of exponentials, the target's logit
 
@@ -81,17 +84,23 @@ def by_axis(placement: Placement, collectives: tuple[Collective, ...]) -> dict[s
     return total
 
 
-def expected_collectives(placement: Placement, compute_itemsize: int) -> tuple[Collective, ...]:
+def expected_collectives(
+    placement: Placement, compute_itemsize: int, kind: str | None = None
+) -> tuple[Collective, ...]:
     """The collectives of one step, alike ones together.
 
     Args:
         placement: from `meshwright.train.estimate_placement.place`.
         compute_itemsize: bytes of an element of the compute dtype.
+        kind: ``tpu`` or ``gpu``: what their compilers overlap with computation. GPU programs start
+            every collective before it is needed; of TPU programs only the gathers of the layers'
+            weights run beside matmuls. None leaves it unknown.
     """
-    moves = _Moves(placement)
+    moves = _Moves(placement, kind)
     for placed in placement.groups:
         _weights(moves, placed, compute_itemsize)
         _gradients(moves, placed, compute_itemsize)
+    _exchange(moves, compute_itemsize)
     _activations(moves, compute_itemsize)
     _scalars(moves)
     return moves.collectives()
@@ -100,9 +109,9 @@ def expected_collectives(placement: Placement, compute_itemsize: int) -> tuple[C
 class _Moves:
     """Collects collectives, joining those of one kind, phase, place and dtype over equal axes."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        self._found: dict[tuple[Kind, Axes, Phase, bool, int, str], float] = {}
+    def __init__(self, placement: Placement, kind: str | None) -> None:
+        self.placement, self.kind = placement, kind
+        self._found: dict[tuple[Kind, Axes, Phase, bool, int, str], tuple[float, int]] = {}
         self.microbatches = placement.config.grad_accum
 
     def add(
@@ -115,34 +124,54 @@ class _Moves:
         *,
         itemsize: int,
         layered: bool = False,
+        leaves: int = 0,
     ) -> None:
-        """Add a buffer of ``size_bytes``, all of the step's executions together."""
+        """Add a buffer of ``size_bytes``, all of the step's executions together.
+
+        Args:
+            kind, axes, phase, leaf, itemsize, layered: what it is; alike ones are joined.
+            size_bytes: of all.
+            leaves: collectives of their own that move it; 0 where it joins others.
+        """
         if axes:
             key = (kind, axes, phase, layered, itemsize, leaf)
-            self._found[key] = self._found.get(key, 0.0) + size_bytes
+            size, count = self._found.get(key, (0.0, 0))
+            self._found[key] = (size + size_bytes, count + leaves)
 
     def collectives(self) -> tuple[Collective, ...]:
         placement = self.placement
         layers, found = placement.config.model.layers, []
         inside = self.microbatches > 1
-        for (kind, axes, phase, layered, itemsize, leaf), size in self._found.items():
+        for (kind, axes, phase, layered, itemsize, leaf), (size, leaves) in self._found.items():
             parts = placement.parts(axes)
             once = phase == "update"
             found.append(
                 Collective(
                     kind=kind,
                     axes=axes,
-                    count=(1 if once else self.microbatches) * (layers if layered else 1),
+                    count=(1 if once else self.microbatches)
+                    * (layers if layered else 1)
+                    * self._separate(kind, leaves),
                     bytes=round(size),
                     wire_bytes=round(wire_bytes(kind, size, parts)),
                     phase=phase,
+                    overlaps=self._overlaps(kind, layered),
                     leaf=leaf,
                     participants=parts,
-                    dtype=_DTYPES.get(itemsize, f"{itemsize} bytes"),
+                    dtype="s32" if leaf == _IDS else _DTYPES.get(itemsize, f"{itemsize} bytes"),
                     loop_depth=0 if once else inside + layered,
                 )
             )
         return tuple(found)
+
+    def _separate(self, kind: Kind, leaves: int) -> int:
+        """Collectives of one layer: GPU compilers join a layer's scatters, but not its gathers."""
+        return 1 if self.kind == "gpu" and kind == "reduce-scatter" else max(1, leaves)
+
+    def _overlaps(self, kind: Kind, layered: bool) -> bool | None:
+        if self.kind is None:
+            return None
+        return self.kind == "gpu" or (kind == "all-gather" and layered)
 
 
 def _weights(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
@@ -157,10 +186,14 @@ def _weights(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
     if not axes:
         return
     used = elements / placement.parts(placed.compute) * itemsize * moves.microbatches
+    used *= _moved_whole(placed, placement)
     layered = group.layered
     leaf = "layers" if layered else "embedding and head"
     for phase in ("forward", "backward") if layered else ("forward",):
-        moves.add("all-gather", axes, used, phase, leaf, itemsize=itemsize, layered=layered)
+        moves.add(
+            "all-gather", axes, used, phase, leaf,
+            itemsize=itemsize, layered=layered, leaves=group.leaves,
+        )  # fmt: skip
 
 
 def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
@@ -176,9 +209,11 @@ def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
     )
     whole = _less(now, scattered)
     layered = group.layered
+    moved = size * _moved_whole(placed, placement)
     moves.add(
-        "reduce-scatter", scattered, size, "backward", leaf, itemsize=itemsize, layered=layered
-    )
+        "reduce-scatter", scattered, moved, "backward", leaf,
+        itemsize=itemsize, layered=layered, leaves=group.leaves,
+    )  # fmt: skip
     size /= placement.parts(scattered)
     moves.add("all-reduce", whole, size, "backward", leaf, itemsize=itemsize, layered=layered)
     if deferred:
@@ -188,6 +223,26 @@ def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
         held /= placement.parts(scattered)
         whole = _less(deferred, scattered)
         moves.add("all-reduce", whole, held, "update", "accumulators", itemsize=4)
+
+
+def _moved_whole(placed: PlacedGroup, placement: Placement) -> float:
+    """Part of a group that is gathered and reduced: all, less an embedding that is exchanged."""
+    group = placed.group
+    if not placement.exchanged or group.layered or "vocab" not in dict(group.dims):
+        return 1.0
+    return 1 - 1 / group.leaves
+
+
+def _exchange(moves: _Moves, itemsize: int) -> None:
+    """A lookup by exchange: ids to all columns, rows back; gradients of rows the other way."""
+    placement, axes = moves.placement, moves.placement.exchanged
+    if not axes:
+        return
+    tokens = placement.tokens * moves.microbatches
+    ids, rows = tokens * placement.parts(axes) * 4, tokens * placement.config.model.embed * itemsize
+    moves.add("all-gather", axes, ids, "forward", _IDS, itemsize=4)
+    for phase in ("forward", "backward"):
+        moves.add("all-to-all", axes, rows, phase, "embedding's rows", itemsize=itemsize)
 
 
 def _activations(moves: _Moves, itemsize: int) -> None:

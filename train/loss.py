@@ -15,10 +15,55 @@ or masked rows do not bias the mean however they fall on devices and microbatche
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-__all__ = ["token_loss_sum"]
+__all__ = ["chunked_loss_sum", "token_loss_sum"]
+
+
+def chunked_loss_sum(
+    x: jax.Array,
+    project: Callable[[jax.Array], jax.Array],
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunks: int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """As `token_loss_sum` of ``project(x)``, with the logits of one chunk in memory at a time.
+
+    The backward pass projects each chunk again: one more matmul with the head in exchange for
+    logits and their gradient of length / chunks.
+
+    Args:
+        x: the stream [batch, length, embed].
+        project: [batch, part, embed] → float32 logits.
+        targets, weights: [batch, length].
+        chunks: parts of the length; divides it.
+        z_loss, label_smoothing: see `token_loss_sum`.
+    """
+    how = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+    if chunks == 1:
+        return token_loss_sum(project(x), targets, weights, **how)
+    length = x.shape[1] // chunks
+
+    def cut(y: jax.Array) -> jax.Array:
+        return jnp.moveaxis(y.reshape(y.shape[0], chunks, length, *y.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return token_loss_sum(project(x), targets, weights, **how)
+
+    def add(totals: tuple[jax.Array, jax.Array], part: Any) -> Any:
+        return tuple(a + b for a, b in zip(totals, one(*part), strict=True)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(add, (zero, zero), (cut(x), cut(targets), cut(weights)))[0]
 
 
 def token_loss_sum(

@@ -61,6 +61,7 @@ from meshwright.train.program import Program, step_spec
 __all__ = ["Plan", "compile_in_child"]
 
 _TIMEOUT_SECONDS = 1800.0
+_EMBEDDING = "embedding"  # whose rows travel to the tokens where that is less
 # Settings that no program depends on: two runs that differ in these alone share a plan. Of the
 # data one counts, and it goes back in: masked documents are two more arrays of a batch.
 _NOT_COMPILED = (
@@ -313,6 +314,7 @@ class Plan:
             leaves=leaves,
             gathers=gathers,
             scattered=frozenset(scattered),
+            exchanged=frozenset() if config.model.tied else frozenset({_EMBEDDING}),
             accumulates=config.grad_accum > 1,
         )
 

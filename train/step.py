@@ -24,6 +24,7 @@ were; the decision is a select inside the program, not a read-back.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from meshwright.sharding.placement import Constrain
 from meshwright.train.attention import attention_of
 from meshwright.train.config import GuardConfig, LossConfig
 from meshwright.train.layout import Layout
-from meshwright.train.loss import token_loss_sum
+from meshwright.train.loss import chunked_loss_sum
 from meshwright.train.state import TrainState
 from meshwright.train.weights import Reductions, Weights
 
@@ -256,26 +257,30 @@ def _loss_sums(
 ) -> tuple[jax.Array, jax.Array]:
     tokens = math.prod(rows["tokens"].shape)
     exchange = None if spec.model.config.tied else weights.exchange_for(_EMBEDDING, tokens)
+    loss = spec.loss
+    score = functools.partial(
+        chunked_loss_sum,
+        targets=rows["targets"],
+        weights=rows["weights"],
+        chunks=loss.chunks,
+        z_loss=loss.z_loss,
+        label_smoothing=loss.label_smoothing,
+    )
     hooks = Hooks(
         constrain=constrain,
         attention=attention_of(spec.mesh, constrain.rules),
         look_up=exchange or take_rows,
+        score=score,
         run_layers=weights.run_layers,
     )
-    logits = spec.model.apply(
+    sums: Any = spec.model.apply(
         weights.use_all_but_layers(working, but=(_EMBEDDING,) if exchange else ()),
         rows["tokens"],
         positions=rows.get("positions"),
         segments=rows.get("segments"),
         hooks=hooks,
     )
-    return token_loss_sum(
-        logits,
-        rows["targets"],
-        rows["weights"],
-        z_loss=spec.loss.z_loss,
-        label_smoothing=spec.loss.label_smoothing,
-    )
+    return sums
 
 
 def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array) -> jax.Array:
