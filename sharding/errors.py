@@ -10,6 +10,8 @@ The tree (all are ``ValueError``: the caller's input is at fault, never ours)::
     ├── DimsError                 names of a leaf's dimensions: absent, wrong rank, bad pattern
     ├── RulesError                the rules themselves: unused, shadowed, unknown dim or axis
     │   └── PlacementError        one leaf cannot be placed: indivisible, axis twice, unmatched
+    ├── CompileError              no program from a compiler; in `meshwright.sharding.aot_errors`
+    ├── HloSyntaxError            a compiled text that cannot be read; in `meshwright.sharding.hlo`
     ├── DataError                 training data: missing, empty, binary, too short
     ├── RunError                  the output folder: another run's, full disk, unwritable
     ├── CheckpointError           exit code 4: none usable, another model's

@@ -211,7 +211,7 @@ def _emulated(facts: PlanFacts) -> Iterator[PlanWarning]:
         c
         for c in facts.collectives
         if c.kind == "all-reduce"
-        and c.phase != "update"
+        and (c.phase != "update" or c.leaf)  # norms and losses have no leaf
         and set(c.axes) & facts.scattered
         and not c.leaf.startswith("activations")
     ]
@@ -226,7 +226,9 @@ def _emulated(facts: PlanFacts) -> Iterator[PlanWarning]:
                 leaf=_leaves_of(group),
                 cost_bytes=wire // 2,
                 cost_seconds=_seconds(facts, first, wire // 2),
-                fix=f"lay {_over(first)} along fewer dimensions of the torus, such as one whole "
+                fix="--accumulate sharded scatters gradients as they appear"
+                if first.phase == "update"
+                else f"lay {_over(first)} along fewer dimensions of the torus, such as one whole "
                 f"dimension, and give the rest of the devices another axis",
             )
 

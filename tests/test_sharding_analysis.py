@@ -89,7 +89,9 @@ def test_golden_programs_are_read_whole(target: str) -> None:
     if topology.kind == "cpu":
         assert time.compute_seconds is None and time.step_seconds_low is None
     else:
-        assert traffic["fsdp"].seconds == pytest.approx(wire / links["fsdp"].bandwidth)
+        bandwidth = traffic["fsdp"].bandwidth
+        assert links and bandwidth == links["fsdp"].bandwidth
+        assert traffic["fsdp"].seconds == pytest.approx(wire / bandwidth)
         assert time.step_seconds_low is not None and time.step_seconds_high is not None
         assert 0 < time.step_seconds_low <= time.step_seconds_high
         assert time.mfu is None  # nobody said what the model's own FLOPs are

@@ -127,7 +127,7 @@ QUIET: dict[str, list[Callable[[], PlanFacts]]] = {
     "emulated-collective": [
         lambda: facts(moved(kind="reduce-scatter", phase="backward")),
         lambda: facts(moved(kind="all-reduce", phase="backward", axes=("data",))),
-        lambda: facts(moved(kind="all-reduce", phase="update")),
+        lambda: facts(moved(kind="all-reduce", phase="update", leaf="")),  # a norm
         lambda: facts(moved(kind="all-reduce", phase="backward", leaf="activations 8×128")),
     ],
     "gathered-again": [
@@ -203,6 +203,12 @@ def test_costs_are_what_mending_saves() -> None:
     assert found(facts(*halves), "gathered-again")[0].cost_bytes == 64 * MIB
     whole = found(facts(leaves=[placed(parts=1)]), "replicated-leaf")[0]
     assert whole.cost_bytes == GIB * 7 // 8
+
+
+def test_sums_kept_whole_and_then_split_could_have_been_scattered() -> None:
+    late = moved(kind="all-reduce", phase="update", axes=("data", "fsdp"))
+    (warning,) = found(facts(late), "emulated-collective")
+    assert warning.cost_bytes == 48 * MIB and "--accumulate sharded" in warning.fix
 
 
 def test_padding_counts_the_better_order_of_the_dims() -> None:

@@ -29,44 +29,21 @@ MODULES = [path for path in SOURCES if path.parent.name in ROOMS]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 HEAVY = ("jax", "flax", "numpy", "optax", "grain", "orbax")
+# The only modules of sharding/ that need jax to be imported.
+WITH_JAX = ("decisions", "dims", "placement", "report")
 JAX_FREE = (
     "meshwright",
-    "meshwright.sharding.errors",
-    "meshwright.sharding.topology",
-    "meshwright.sharding.mesh",
-    *(
-        f"meshwright.sharding.{name}"
-        for name in (
-            "aot",
-            "aot_errors",
-            "aot_program",
-            "aot_wheels",
-            "bounds",
-            "budget",
-            "calibration",
-            "chips",
-            "collectives",
-            "gpu_targets",
-            "hlo",
-            "hlo_cost",
-            "hlo_cycles",
-            "links",
-            "plan_cache",
-            "plan_html",
-            "plan_json",
-            "plan_text",
-            "plan_warnings",
-            "planned",
-            "slices",
-            "step_time",
-            "units",
-        )
-    ),  # fmt: skip
+    *sorted(
+        f"meshwright.sharding.{path.stem}"
+        for path in MODULES
+        if path.parent.name == "sharding" and path.stem not in ("__init__", *WITH_JAX)
+    ),
     "meshwright.models.config",
     "meshwright.models.sizes",
     "meshwright.train.config",
     "meshwright.train.configfile",
     "meshwright.train.estimate",
+    "meshwright.train.shapes",
     *sorted(f"meshwright.scripts.{path.stem}" for path in MODULES if path.parent.name == "scripts"),
 )
 

@@ -68,7 +68,7 @@ def traffic(config: TrainConfig) -> int:
         found.append({**plan.__dict__, "ratios": ratios, "fits": report.fits})
         words = ", ".join(f"{axis} {ratio:.3f}" for axis, ratio in ratios.items())
         print(f"{plan.topology:<11}{plan.mesh:<24}{plan.model:<12}{words}", file=sys.stderr)
-    print(json.dumps({"benchmark": "traffic", "plans": found}))
+    print(json.dumps({"benchmark": "traffic", "plans": found}), file=sys.stdout)
     return 0
 
 

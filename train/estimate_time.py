@@ -28,6 +28,7 @@ from meshwright.sharding.step_time import (
 )
 from meshwright.train.estimate_placement import Placement
 from meshwright.train.flops import flops_per_token
+from meshwright.train.shapes import LANES, kept_activations
 
 if TYPE_CHECKING:
     from meshwright.sharding.chips import Chip
@@ -65,6 +66,8 @@ class _Passes(NamedTuple):
         stream: an activation of the residual stream, in a layer, without recomputation.
         inner: queries, keys, values and the MLP's width, likewise.
         logits: the float32 logits.
+        kept: what layers keep for the backward pass: zeros, written, read.
+        accumulated: float32 gradients of a microbatch, collected and then added to the sums.
     """
 
     weights: float
@@ -72,11 +75,16 @@ class _Passes(NamedTuple):
     stream: float
     inner: float
     logits: float
+    kept: float
+    accumulated: float
 
 
 # GPUs: norms are kernels of their own, in float32. TPUs: they are part of the matmuls' fusions, and
 # much stays in on-chip memory.
-_PASSES = {"gpu": _Passes(10, 20, 50, 5, 8), "tpu": _Passes(3, 3, 6, 16, 3)}
+_PASSES = {"gpu": _Passes(10, 20, 50, 5, 8, 3, 9), "tpu": _Passes(3, 3, 20, 18, 3, 3, 6)}
+# A TPU runs one fusion after the other, and what its compiler's cycles say beyond matmuls at their
+# peak is this many times what the same bytes take at the memory's full rate (1.5 to 2.6).
+_STREAMED = 2.0
 _UPDATE = 7  # float32 master: read and written; its gradient: written, and read for norm and update
 # Bytes a score is moved over in a layer: float32 passes, those in the compute dtype, masks.
 _SCORES_AGAIN = (10, 13, 1)
@@ -147,8 +155,8 @@ def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str)
         used = count / placement.parts(compute) * itemsize
         weights += micro * used * (passes.weights if group.layered else passes.table)
         weights += _UPDATE * 4 * count / placement.parts(masters)
-        if micro > 1:  # read, added to and written; zeros at first
-            weights += (3 * micro + 1) * 4 * count / placement.parts(reduced)
+        if micro > 1:
+            weights += micro * passes.accumulated * 4 * count / placement.parts(reduced)
     for group, axes in placement.moments:
         weights += 2 * 4 * group.elements / placement.parts(axes)
     queries = model.heads * model.head_dim / placement.split("heads")
@@ -156,12 +164,32 @@ def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str)
     inner = queries + keys + model.mlp / placement.split("mlp")
     again = 4 / 3 if model.remat == "full" else 1.0  # one forward pass more than three passes
     token = again * (passes.stream * model.embed + passes.inner * inner) * itemsize
+    token += passes.kept * _kept_bytes(placement, itemsize, fused, kind)
     if not fused:
         wide, narrow, masks = _SCORES_KEPT if model.remat == "none" else _SCORES_AGAIN
         heads = model.heads / placement.split("heads")
         token += (4 * wide + itemsize * narrow + masks) * heads * config.seq_len
     logits = passes.logits * 4 * model.vocab_size / placement.split("vocab")
     return weights + placement.tokens * micro * (model.layers * token + logits)
+
+
+def _kept_bytes(placement: Placement, itemsize: int, fused: bool, kind: str) -> float:
+    """Bytes of a token that a layer keeps on a device, scores apart."""
+    config, total = placement.config, 0.0
+    lanes = LANES[kind]
+    for found in kept_activations(
+        config.model,
+        itemsize=itemsize,
+        fused_attention=fused,
+        length=config.seq_len,
+        lanes=lanes,
+    ):
+        if found.name != "scores":
+            share = placement.parts(
+                [axis for dim in found.dims for axis in placement.activations[dim]]
+            )
+            total += found.elements * found.itemsize / share
+    return total
 
 
 def time_of(
@@ -191,12 +219,17 @@ def time_of(
     peak = chip.peak_flops[dtype]
     working = work.matmul_flops / rates.matmul(chip, dtype)
     working += work.attention_flops / rates.attention(chip)
+    moving = work.traffic_bytes / rates.memory(chip)
+    streams = chip.kind == "tpu"
+    if streams:
+        working += _STREAMED * moving
     config = placement.config
     return step_estimate(
         working,
-        work.traffic_bytes / rates.memory(chip),
+        moving,
         communication,
         exposed,
+        streams=streams,
         model_flops=config.batch_size
         * config.seq_len
         * flops_per_token(config.model, config.seq_len),

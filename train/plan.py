@@ -50,7 +50,7 @@ from meshwright.sharding.topology import Topology
 from meshwright.train.attention import kernel_of
 from meshwright.train.config import TrainConfig
 from meshwright.train.estimate import Estimate, estimate
-from meshwright.train.estimate_time import DATA_SHEET, Rates
+from meshwright.train.estimate_memory import MARGIN
 from meshwright.train.estimate_traffic import lower_bounds
 from meshwright.train.explain import decisions_json, layout_of
 from meshwright.train.layout import Layout
@@ -211,7 +211,8 @@ class Plan:
         namer = leaf_namer(self.config, self.layout)
         reading = read_program(compiled, self.mesh, self.topology, namer)
         kernel = self.kernel(compiled=True)
-        shapes = self._estimate(kernel, rates)
+        # The margin is for verdicts, and here the compiler gives it.
+        shapes = self._estimate(kernel, rates, margin=0.0)
         bounds = lower_bounds(self.config, self.mesh, self.rules, self.itemsize)
         facts = StepFacts(
             self._model(kernel),
@@ -263,7 +264,7 @@ class Plan:
             "(pip install 'meshwright[cuda]' to plan with it)",
         )
 
-    def _estimate(self, kernel: str, rates: MeasuredRates) -> Estimate:
+    def _estimate(self, kernel: str, rates: MeasuredRates, *, margin: float = MARGIN) -> Estimate:
         return estimate(
             self.config,
             self.mesh,
@@ -272,19 +273,8 @@ class Plan:
             self.links,
             compute_itemsize=self.itemsize,
             fused_attention=kernel != "matmuls",
-            rates=self._fractions(rates),
-        )
-
-    def _fractions(self, rates: MeasuredRates) -> Rates:
-        """Measured rates as the closed forms want them: of the data sheet's."""
-        chip = chip_of(self.topology)
-        if chip is None or rates == PUBLISHED:
-            return DATA_SHEET
-        kind = {2: "bf16", 4: "f32"}[self.itemsize]
-        return Rates(
-            rates.matmul(chip, kind) / chip.peak_flops.get(kind, chip.peak_flops["bf16"]),
-            rates.memory(chip) / chip.memory_bandwidth,
-            rates.links,
+            rates=rates,
+            margin=margin,
         )
 
     def _facts(

@@ -68,16 +68,21 @@ def candidates(config: TrainConfig, mesh: MeshSpec) -> Iterator[tuple[TrainConfi
         config: the run.
         mesh: its filled mesh.
     """
-    single = [*_remat(config), *_microbatches(config), *_zero(config, mesh), *_meshes(config, mesh)]
+    single = [
+        *_remat(config),
+        *_microbatches(config, mesh),
+        *_zero(config, mesh),
+        *_meshes(config, mesh),
+    ]
     yield from single
     most_remat = single[len(_remat(config)) - 1] if _remat(config) else (config, "")
     base, flags = most_remat
-    others = [*_microbatches(base), *_zero(base, mesh), *_meshes(base, mesh)]
+    others = [*_microbatches(base, mesh), *_zero(base, mesh), *_meshes(base, mesh)]
     if flags:
         for changed, more in others:
             yield changed, f"{flags} {more}"
     for changed, more in _meshes(base, mesh):
-        for last, micro in _microbatches(changed):
+        for last, micro in _microbatches(changed, MeshSpec.parse(changed.mesh)):
             yield last, " ".join(filter(None, (flags, more, micro)))
 
 
@@ -90,12 +95,18 @@ def _remat(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
     ]
 
 
-def _microbatches(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    found = []
+def _microbatches(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]]:
+    """More of them; under fsdp their sums in shards, for whole ones take more than they save."""
+    found: list[tuple[TrainConfig, str]] = []
+    how = ""
+    if mesh.sizes.get("fsdp", 1) > 1 and config.accumulate == "whole":
+        config, how = replace(config, accumulate="sharded"), " --accumulate sharded"
+        if config.grad_accum > 1:
+            found.append((config, how.strip()))
     parts = config.grad_accum * 2
     while parts <= config.batch_size and len(found) < 4:
         if config.batch_size % parts == 0:
-            found.append((replace(config, grad_accum=parts), f"--grad-accum {parts}"))
+            found.append((replace(config, grad_accum=parts), f"--grad-accum {parts}{how}"))
         parts *= 2
     return found
 

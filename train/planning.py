@@ -91,6 +91,8 @@ def answer(config: TrainConfig, asked: Asked) -> int:
     files = _writable(asked)
     plan = Plan.of(config, topology)
     check_leaves(plan.layout, topology)
+    if budget:  # a limit on what no plan has is refused before the work is done
+        check(budget, plan.estimate(rates), WARNING_CODES)
     compiler = _has_compiler(topology, asked)
     report, compiled = _report(plan, asked, rates, compiler)
     if report.fits is False:

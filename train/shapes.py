@@ -25,6 +25,7 @@ from meshwright.models.config import ModelConfig
 from meshwright.train.config import OptimizerConfig, OptimizerName
 
 __all__ = [
+    "LANES",
     "Kept",
     "LeafShape",
     "WeightGroup",
@@ -34,6 +35,9 @@ __all__ = [
     "moment_leaves",
     "parameter_leaves",
 ]
+
+LANES = {"tpu": 128, "gpu": 1}
+"""What a compiler pads the last dim of an array to a multiple of: a TPU register's lanes."""
 
 _COUNTERS = {"adamw": 2, "lion": 2, "adafactor": 3, "muon": 4, "sgd": 1}
 _LEAST_FACTORED = 128  # optax's min_dim_size_to_factor
