@@ -37,7 +37,8 @@ key               what it holds
 ``warnings``      [{code, what, source, leaf, ``cost_bytes``, ``cost_seconds``, fix}]
 ``decisions``     as ``meshwright explain --json`` writes them
 ``provenance``    figure → {origin, how}, figures by dotted key, a group's key standing for all
-                  in it; ``unread`` [text]: what was not understood of the compiled program
+                  in it; ``unread`` [text]: what was not understood of the compiled program,
+                  ``notes`` [text]: what a reader should know
 ================  ======================================================================
 
 Origins are ``compiler``, ``formula``, ``calibration``, ``data sheet`` and ``unknown``.
@@ -71,7 +72,7 @@ from meshwright.sharding.planned import (
 
 __all__ = ["origin_of", "report_from_json", "report_json"]
 
-_UNREAD = "unread"  # beside the figures in `provenance`; no figure has this name
+_UNREAD, _NOTES = "unread", "notes"  # beside the figures in `provenance`; no figure has such a name
 _T = TypeVar("_T")
 
 
@@ -114,7 +115,7 @@ def report_json(report: PlanReport) -> dict[str, Any]:
         "time": _plain(report.time),
         "warnings": _plain(report.warnings),
         "decisions": _plain(report.decisions),
-        "provenance": provenance | {_UNREAD: list(report.unread)},
+        "provenance": provenance | {_UNREAD: list(report.unread), _NOTES: list(report.notes)},
     }
 
 
@@ -180,7 +181,7 @@ def _report(document: Mapping[str, Any]) -> PlanReport:
     for name in ("mfu", "tokens_per_second_per_chip"):
         time[name] = None if time[name] is None else _pair(time[name])
     provenance = dict(document["provenance"])
-    unread = provenance.pop(_UNREAD)
+    unread, notes = provenance.pop(_UNREAD), provenance.pop(_NOTES, ())
     return PlanReport(
         topology=document["topology"],
         mesh={axis: int(size) for axis, size in document["mesh"].items()},
@@ -197,6 +198,7 @@ def _report(document: Mapping[str, Any]) -> PlanReport:
             for figure, entry in provenance.items()
         },
         unread=tuple(unread),
+        notes=tuple(notes),
     )
 
 

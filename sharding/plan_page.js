@@ -53,7 +53,7 @@ const span = (pair, write) => (known(pair) ? [pair[1], pair[0]].map(write).filte
 
 function originOf(figure) {
   for (let key = figure; key; key = key.slice(0, Math.max(0, key.lastIndexOf("."))))
-    if (key !== "unread" && Object.hasOwn(plan.provenance, key)) return plan.provenance[key];
+    if (key !== "unread" && key !== "notes" && Object.hasOwn(plan.provenance, key)) return plan.provenance[key];
   return null;
 }
 function origin(figure, made = originOf(figure)) {
@@ -260,7 +260,8 @@ function decisions() {
   into("decisions", sortable(columns, rows, "Decisions", null).nodes);
 }
 function provenance() {
-  const { unread, ...figures } = plan.provenance;
+  const { unread, notes, ...figures } = plan.provenance;
+  for (const text of notes || []) into("provenance", el("p", {}, el("b", {}, "Note: "), text));
   for (const text of unread) into("provenance", el("p", { class: "alert" }, el("b", {}, "Not read: "), text));
   const rows = Object.entries(figures);
   const columns = [{ key: "figure", label: "figure", value: (row) => row[0], mono: true },

@@ -279,6 +279,8 @@ def _provenance(report: PlanReport) -> Table:
         _row(table, origin, ", ".join(named))
     for line in report.unread:
         _row(table, "NOT READ", line)
+    for line in report.notes:
+        _row(table, "note", line)
     if not by_origin and not report.unread:
         _row(table, "unknown", "nothing was recorded")
     return table

@@ -250,6 +250,7 @@ class PlanReport:
         decisions: as ``meshwright explain`` writes them to JSON.
         provenance: figure → (origin, in words how), figures named as in the JSON document.
         unread: what the parser of compiled text could not read, with the figures it touches.
+        notes: what a reader should know and no figure is in doubt for.
     """
 
     topology: str
@@ -264,6 +265,7 @@ class PlanReport:
     decisions: tuple[Mapping[str, Any], ...]
     provenance: Mapping[str, tuple[Origin, str]]
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:

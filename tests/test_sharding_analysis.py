@@ -90,7 +90,8 @@ def test_golden_programs_are_read_whole(target: str) -> None:
         assert time.compute_seconds is None and time.step_seconds_low is None
     else:
         bandwidth = traffic["fsdp"].bandwidth
-        assert links and bandwidth == links["fsdp"].bandwidth
+        assert links is not None and bandwidth is not None
+        assert bandwidth == links["fsdp"].bandwidth
         assert traffic["fsdp"].seconds == pytest.approx(wire / bandwidth)
         assert time.step_seconds_low is not None and time.step_seconds_high is not None
         assert 0 < time.step_seconds_low <= time.step_seconds_high

@@ -279,7 +279,7 @@ def test_a_plan_for_gpus_says_what_attention_it_compiled(
         monkeypatch.setattr(plan_module, "_has_cudnn_wheel", lambda wheel=wheel: wheel)
         report = plan.report(program(text))
         assert report.model["attention"] == ("cudnn" if wheel else "matmuls")
-        assert any("cuDNN is not installed" in line for line in report.unread) is not wheel
+        assert any("cuDNN is not installed" in line for line in report.notes) is not wheel
     huge = plan.report(program(text, peak_bytes=81 * GIB))
     assert huge.fits is False, "GPU compilers refuse nothing: the capacity decides"
 

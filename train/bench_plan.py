@@ -170,7 +170,7 @@ def memory_errors(config: TrainConfig) -> int:
             _say(f"{part}: {len(errors)} plans, median {statistics.median(errors):.1%}, "
                  f"worst {max(errors):.1%}")  # fmt: skip
     _say(f"let pass with a margin of {MARGIN:.0%}, but too large: {false_fits}")
-    print(json.dumps({"benchmark": "memory_errors", **summary, "plans": found}))
+    _answer({"benchmark": "memory_errors", **summary, "plans": found})
     return 1 if false_fits else 0
 
 
@@ -191,7 +191,7 @@ def ranking(config: TrainConfig) -> int:
     low = rank_correlation([a[0] for a, _ in pairs], [b[0] for _, b in pairs])
     mean = rank_correlation([sum(a) for a, _ in pairs], [sum(b) for _, b in pairs])
     _say(f"{len(found)} plans: rank correlation {low:.3f} of the low ends, {mean:.3f} of the means")
-    print(json.dumps({"benchmark": "ranking", "low": low, "mean": mean, "plans": found}))
+    _answer({"benchmark": "ranking", "low": low, "mean": mean, "plans": found})
     return 0
 
 
@@ -255,3 +255,7 @@ def _words(case: Case) -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _answer(found: dict[str, Any]) -> None:
+    print(json.dumps(found), file=sys.stdout)

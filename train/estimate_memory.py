@@ -237,21 +237,21 @@ def _loss(
         found["window"] = 3 * sizes.stream
         return found
     found["logits"] = (4 + itemsize) * sizes.logits
+    found["gradients"] = sizes.layers_gradients  # zeros, made early
     if not sizes.peels:
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
         found["window"] = 4 * sizes.stream
         return found
     # A working copy holds the head already, and is laid out anew for the loop as a whole.
     found["head"] = 0.0 if sizes.copies else sizes.table
-    found["gradients"] = sizes.layers_gradients
     found["transposed weights"] = sizes.copies or _last_dim_masters(placement)
     found["window"] = sizes.layer + 4 * sizes.stream
-    if not fused:
-        recomputed = placement.config.model.remat != "none"
-        found["scores"] = (
-            # In float32 and, after the softmax, in the compute dtype.
-            sizes.scores * (4 + itemsize) if recomputed else _hole(placement, sizes)
-        )
+    if not fused and placement.config.model.remat == "none":
+        found["scores"] = _hole(placement, sizes)
+    elif not fused and placement.split("vocab") == 1:
+        # In float32 and, after the softmax, in the compute dtype. A split vocabulary's loss waits
+        # for all-reduces, and the layer comes after it.
+        found["scores"] = sizes.scores * (4 + itemsize)
     return found
 
 
@@ -271,7 +271,7 @@ def _backward(
         found["head's gradient"] = sizes.head_gradient
         found["cast weights"] = sizes.casts
     else:
-        if not model.tied:
+        if sizes.peels or not model.tied:
             # The head's weight gradient is put off, so the gradient of the logits stays.
             found["logits' gradient"] = sizes.logits * itemsize
         if sizes.gathers:
@@ -280,7 +280,7 @@ def _backward(
     if not fused:
         # Scores and their gradient in float32, and both again in the compute dtype.
         found["scores"] = sizes.scores * 2 * (4 + itemsize)
-        if model.remat == "none" and sizes.peels:
+        if model.remat == "none":
             found["scores"] += _hole(placement, sizes)
     recomputed = 0 if model.remat == "none" else 2
     matrices = 3 if model.activation == "swiglu" else 2
@@ -298,8 +298,10 @@ def _backward(
 
 def _hole(placement: Placement, sizes: _Sizes) -> float:
     """The kept scores of all layers are two arrays. The last layer's backward pass, outside of the
-    loop, reads them in another order than the loop does, so one is copied into it."""
-    return 4 * sizes.scores * placement.config.model.layers
+    loop, reads those of grouped heads in another order than the loop: one is copied into it."""
+    model = placement.config.model
+    grouped = model.heads != model.kv_heads
+    return 4 * sizes.scores * model.layers if sizes.peels and grouped else 0.0
 
 
 def _last_dim_masters(placement: Placement) -> float:

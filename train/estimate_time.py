@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.chips import Chip
     from meshwright.sharding.links import AxisLink
 
-__all__ = ["DATA_SHEET", "Rates", "StepWork", "compute_of", "time_of", "work_of"]
+__all__ = ["StepWork", "compute_of", "time_of", "work_of"]
 
 # As `meshwright.sharding.step_time` has them: the side of the blocks a fused kernel computes whole
 # where the mask cuts them (of cuDNN, whose blocks are not published, half is counted), and the
@@ -239,26 +239,3 @@ def time_of(
         peak_flops=peak,
         roofline_seconds=work.matmul_flops / peak + work.attention_flops / chip.peak_flops["bf16"],
     )
-
-
-# To be deleted with `Plan._fractions`, which is all that uses it: `estimate` takes measured rates.
-DATA_SHEET = PUBLISHED
-
-
-class Rates:
-    """Fractions of the data sheet's rates that are reached."""
-
-    def __init__(self, matmul: float, memory: float, links: float) -> None:
-        self._matmul, self._memory, self.links = matmul, memory, links
-
-    def matmul(self, chip: Chip, kind: str) -> float:
-        """FLOP/s of matmuls."""
-        return self._matmul * chip.peak_flops[kind]
-
-    def attention(self, chip: Chip) -> float:
-        """FLOP/s of fused attention."""
-        return self._matmul * PUBLISHED.attention(chip)
-
-    def memory(self, chip: Chip) -> float:
-        """Bytes a second."""
-        return self._memory * chip.memory_bandwidth

@@ -102,6 +102,7 @@ class Plan:
             RulesError, PlacementError: what cannot be placed, or a batch that cannot be dealt.
         """
         target = topology or Topology.parse(config.topology)
+        config = replace(config, topology=str(target))
         check_topology(target)
         simulated = target.kind == "cpu"
         mesh = choose_mesh(config, target.device_count or 1, simulated=simulated)
@@ -250,17 +251,17 @@ class Plan:
             unread=(
                 *((note,) if note and not read else ()),
                 *verdict,
-                *self._notes(),
                 *reading.unread,
             ),
+            notes=self._notes(),
         )
 
     def _notes(self) -> tuple[str, ...]:
         if self.kernel(compiled=True) == self.kernel(compiled=False):
             return ()
         return (
-            "memory, flops and time: cuDNN is not installed here, so attention was compiled as "
-            "matmuls; on the GPU it is one kernel that keeps no scores "
+            "cuDNN is not installed here, so attention was compiled as matmuls: memory and time "
+            "are more than on the GPU, where it is one kernel that keeps no scores "
             "(pip install 'meshwright[cuda]' to plan with it)",
         )
 

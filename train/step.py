@@ -228,9 +228,8 @@ def gradients(
     zeros = weights.zero_accumulators(params)
     plain0 = jnp.zeros([_size(spec.mesh, axes) for axes in (apart, now) if axes], jnp.float32)
     (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
-    if apart:
-        grads = jax.tree.map(lambda x: jnp.sum(x, axis=0), grads)
-    return weights.into_masters(grads), jnp.sum(plain), tokens
+    grads = weights.summed(grads) if apart else weights.into_masters(grads)
+    return grads, jnp.sum(plain), tokens
 
 
 def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedSharding]:

@@ -94,13 +94,17 @@ class Weights:
         copy of all of it would only take memory.
         """
 
-        def one(master: jax.Array, spec: PartitionSpec, held: PartitionSpec) -> jax.Array:
+        def one(
+            path: Any, master: jax.Array, spec: PartitionSpec, held: PartitionSpec
+        ) -> jax.Array:
             if spec == held:
                 return master
             # Held where it is first: the partitioner may otherwise gather before the cast.
-            return self._put(self._put(master.astype(self.dtype), held), spec)
+            with jax.named_scope(scope_of(jax.tree_util.keystr(path, simple=True, separator="/"))):
+                return self._put(self._put(master.astype(self.dtype), held), spec)
 
-        return jax.tree.map(one, masters, self.working_specs, self.master_specs)
+        specs = (self.working_specs, self.master_specs)
+        return jax.tree_util.tree_map_with_path(one, masters, *specs)
 
     def exchange_for(self, name: str, tokens: int) -> Exchange | None:
         """A lookup that moves rows and not the table; None where gathering is as good.
@@ -165,6 +169,14 @@ class Weights:
         """Reduced gradients in the layout the optimizer updates in."""
         return jax.tree.map(self._put, grads, self.master_specs)
 
+    def summed(self, grads: Any) -> Any:
+        """Accumulators [replicas, …] summed once, straight into the optimizer's layout."""
+
+        def one(grad: jax.Array, reduced: PartitionSpec, master: PartitionSpec) -> jax.Array:
+            return self._put(self._collect(grad, self.reductions.apart, reduced, master), master)
+
+        return jax.tree.map(one, grads, self.reduced_specs, self.master_specs)
+
     def _use(self, weights: Any, working: Any, compute: Any, reduced: Any, parent: str = "") -> Any:
         def one(path: Any, weight: jax.Array, *specs: PartitionSpec) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -210,15 +222,20 @@ class Weights:
             if not batched[0]:
                 grads = jnp.broadcast_to(grads, (size, *grads.shape))
             with jax.named_scope(scope):
-                return self._put(self._collect(grads, compute, reduced), reduced), False
+                found = self._collect(grads, now, compute, reduced)
+                return self._put(found, reduced), False
 
         return over_replicas(grad)
 
     def _collect(
-        self, grads: jax.Array, compute: PartitionSpec, reduced: PartitionSpec
+        self,
+        grads: jax.Array,
+        now: tuple[str, ...],
+        compute: PartitionSpec,
+        reduced: PartitionSpec,
     ) -> jax.Array:
-        """Scatter the sum over the axes that split a dim of the result, all-reduce the others."""
-        now = self.reductions.now
+        """Sum [replicas over ``now``, …] laid out as ``compute``: scatter over the axes that split
+        a dim of ``reduced``, all-reduce over the others."""
         scattered = {
             dim: axes
             for dim, entry in enumerate(reduced)
