@@ -243,7 +243,7 @@ def analyze(
     jitted: Any,
     *abstract_args: Any,
     mesh: Mesh | AbstractMesh | MeshSpec,
-    topology: Topology | str,
+    topology: Topology | str | None = None,
     facts: StepFacts | None = None,
     quick: bool = False,
 ) -> PlanReport:
@@ -254,8 +254,8 @@ def analyze(
             simulated devices or abstract.
         abstract_args: arrays or ``jax.ShapeDtypeStruct``, with shardings or without.
         mesh: axes and sizes, as the step names them.
-        topology: hardware, such as ``v5p:4x4x4`` or ``h100:8x8``; ``cpu:N`` for a look at the
-            collectives alone.
+        topology: hardware, such as ``v5p:4x4x4`` or ``h100:8x8``; None for as many simulated CPU
+            devices as the mesh has, for a look at the collectives alone.
         facts: what the program's text cannot say, such as its model FLOPs.
         quick: compile at low effort (TPU): no verdict.
 
@@ -267,8 +267,9 @@ def analyze(
     """
     from meshwright.sharding.aot_step import compile_lowered_step, lower_step
 
-    target = Topology.parse(topology) if isinstance(topology, str) else topology
     spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.of(mesh)
+    chosen = f"cpu:{spec.device_count}" if topology is None else topology
+    target = Topology.parse(chosen) if isinstance(chosen, str) else chosen
     check_topology(target)
     _check_devices(spec, target)
     note = require_wheels(target)
@@ -342,6 +343,8 @@ def _report(
                 chatter=compiled.chatter,
                 links=links,
                 compute_seconds=time.compute_seconds,
+                # Whoever computes in float32 means to send it.
+                compute_itemsize=2 if reading.cost and "bf16" in reading.cost.matmul_flops else 4,
                 changing=changing,
             )
         ),

@@ -9,6 +9,7 @@ cut, largest first, and say how many rows are left and where those are.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ MEMORY_PARTS = ("parameters", "gradients", "optimizer", "batch", "activations", 
 
 _MOST_COLLECTIVES = 15
 _MOST_CONTRIBUTORS = 8
+_MOST_DECISIONS = 30
 _WHERE_ALL = "the JSON document (--json) and the page (--html) have all"
 
 
@@ -68,6 +70,8 @@ def report_text(report: PlanReport, width: int = 80) -> list[RenderableType]:
     if report.warnings:
         parts.append(_heading(f"warnings ({len(report.warnings)})"))
         parts += [_warning(warning) for warning in report.warnings]
+    if report.decisions:
+        parts += [_heading("decisions"), *_decisions(report)]
     parts += [_heading("where the figures come from"), _provenance(report)]
     return parts
 
@@ -82,6 +86,8 @@ def verdict_text(report: PlanReport) -> str:
     'fits: 33.0 of 96.0 GiB a device, 63.0 GiB to spare'
     """
     peak, limit = report.memory.peak_bytes, report.memory.limit_bytes
+    if limit is None and peak is not None and any("no verdict" in line for line in report.unread):
+        return f"no verdict at low effort: a peak of about {format_bytes(peak)} a device"
     if peak is None or limit is None:
         missing = "the peak is" if limit is not None else "the limit is"
         missing = "peak and limit are" if peak is None and limit is None else missing
@@ -161,7 +167,8 @@ def _traffic(report: PlanReport) -> Iterator[RenderableType]:
     )  # fmt: skip
     for axis, moved in report.traffic.items():
         size = report.mesh.get(axis)
-        rate = None if moved.bandwidth is None else f"{format_count(moved.bandwidth)}B/s"
+        sends = moved.bandwidth is not None and math.isfinite(moved.bandwidth)
+        rate = f"{format_count(moved.bandwidth or 0.0)}B/s" if sends else None
         _row(
             table,
             axis if size is None else f"{axis}={size}",
@@ -225,7 +232,7 @@ def _time(report: PlanReport) -> Table:
     if time.step_seconds_low is not None or time.step_seconds_high is not None:
         low, high = _seconds(time.step_seconds_low), _seconds(time.step_seconds_high)
         checked = "validated" if time.validated else "unvalidated: not measured on this hardware"
-        span = f"{low} (all overlaps) to {high} (nothing does); {checked}"
+        span = f"{low} (what can overlap does) to {high} (nothing does); {checked}"
     moved = [f"{axis} {_seconds(value)}" for axis, value in time.communication_seconds.items()]
     compute = _seconds(time.compute_seconds)
     if time.roofline_seconds is not None:
@@ -267,6 +274,22 @@ def _warning(warning: PlanWarning) -> RenderableType:
           (("where:", where), ("costs:", " and ".join(costs)), ("fix:", warning.fix)) if text),
     ]  # fmt: skip
     return Padding(Text("\n".join(_plain(line) for line in lines)), (0, 0, 0, 2))
+
+
+def _decisions(report: PlanReport) -> Iterator[RenderableType]:
+    """Where each leaf lives and which rule decided; ``meshwright explain`` says more."""
+    table = _table(("leaf", "left"), ("shape", "left"), ("rule", "left"), ("a device", "right"))
+    for row in report.decisions[:_MOST_DECISIONS]:
+        shape = "×".join(str(size) for size in row.get("shape", ()))
+        _row(
+            table,
+            str(row.get("path")),
+            shape,
+            str(row.get("rule")),
+            _bytes(row.get("bytes_per_device")),
+        )
+    yield table
+    yield from _left_out(len(report.decisions) - _MOST_DECISIONS, "leaves")
 
 
 def _provenance(report: PlanReport) -> Table:

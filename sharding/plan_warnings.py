@@ -178,7 +178,7 @@ def _float32(facts: PlanFacts) -> Iterator[PlanWarning]:
                 leaf=first.leaf,
                 cost_bytes=wire // 2,
                 cost_seconds=_seconds(facts, first, wire // 2),
-                fix="cast to bfloat16 before the collective, or ask for float32 with --dtype",
+                fix="cast to the compute dtype before the collective",
             )
 
 
@@ -195,7 +195,7 @@ def _undeclared(facts: PlanFacts) -> Iterator[PlanWarning]:
         if wire > facts.small_wire_bytes:
             yield PlanWarning(
                 "undeclared-collective",
-                f"{first.kind} over {_over(first)} that no rule asks for"
+                f"{first.kind} over {_over(first)} that no strategy asks for"
                 f" ({sum(c.count for c in group)} a step)",
                 source=first.source,
                 leaf=first.leaf,

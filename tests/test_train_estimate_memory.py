@@ -73,7 +73,7 @@ def test_peaks_are_the_compilers(
         place(config, spec, choose_rules(config, spec)),
         itemsize=2,
         fused_attention=chip.kind == "tpu",
-        kind=chip.kind,
+        chip=chip,
         margin=0.0,
     )
     assert (found.peak_bytes or 0) / 2**20 == pytest.approx(peak_mib, rel=0.06)
@@ -96,10 +96,11 @@ def test_a_program_that_a_gpus_compiler_rewrites_is_judged_more_carefully() -> N
     config = TrainConfig(model, mesh="fsdp=64", batch_size=64, seq_len=4096)
     spec = MeshSpec.parse("fsdp=64")
     placement = place(config, spec, choose_rules(config, spec))
-    how: dict[str, Any] = {"itemsize": 2, "fused_attention": True, "kind": "gpu"}
-    bare = memory_of(placement, **how, margin=0.0).peak_bytes or 0
+    how: dict[str, Any] = {"itemsize": 2, "fused_attention": True}
+    bare = memory_of(placement, **how, chip=CHIPS["h100"], margin=0.0).peak_bytes or 0
     for limit, margin in ((2 * bare, MARGIN), (round(1.15 * bare), 0.25)):
-        careful = memory_of(placement, **how, limit_bytes=limit)
+        chip = replace(CHIPS["h100"], limit_bytes=limit)
+        careful = memory_of(placement, **how, chip=chip)
         assert careful.peak_bytes == pytest.approx((1 + margin) * bare)
         assert careful.fits == (margin == MARGIN)
-        assert memory_of(placement, **how, limit_bytes=limit, margin=0.0).peak_bytes == bare
+        assert memory_of(placement, **how, chip=chip, margin=0.0).peak_bytes == bare

@@ -110,8 +110,7 @@ def estimate(
     time = time_of(
         placement, work, collectives, chip, links, itemsize=compute_itemsize, rates=rates
     )
-    limit = chip.limit_bytes if chip else None
-    memory = memory_of(placement, **how, kind=kind, limit_bytes=limit, margin=margin)
+    memory = memory_of(placement, **how, chip=chip, margin=margin)
     return Estimate(memory, collectives, traffic, compute_of(placement, work), time)
 
 

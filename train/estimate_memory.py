@@ -27,11 +27,14 @@ by XLA to need less, which can end with more; so such a prediction gets a larger
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from meshwright.sharding.planned import MemoryEstimate
 from meshwright.train.estimate_placement import Placement
 from meshwright.train.shapes import LANES, kept_activations
+
+if TYPE_CHECKING:
+    from meshwright.sharding.chips import Chip
 
 __all__ = ["COUNTER_BYTES", "MARGIN", "StateBytes", "memory_of", "state_of"]
 
@@ -48,6 +51,7 @@ _REWRITTEN_MARGIN = 0.25
 COUNTER_BYTES = 4 * 4 + 8
 """Of a train state besides parameters and optimizer: four scalars and the key."""
 
+_IN_ORDER = ("a100",)  # XLA's schedules for Hopper and later run more ahead than those for Ampere
 _MARGIN = "margin of the closed forms"
 
 
@@ -87,6 +91,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
+    ahead: bool = True  # a layer taken out of the loop is scheduled among what comes before it
 
 
 def state_of(placement: Placement, itemsize: int) -> StateBytes:
@@ -115,8 +120,7 @@ def memory_of(
     *,
     itemsize: int,
     fused_attention: bool,
-    kind: Literal["tpu", "gpu"] = "tpu",
-    limit_bytes: int | None = None,
+    chip: Chip | None = None,
     margin: float = MARGIN,
 ) -> MemoryEstimate:
     """Bytes one device holds, and at its peak.
@@ -125,8 +129,7 @@ def memory_of(
         placement: from `meshwright.train.estimate_placement.place`.
         itemsize: of the compute dtype.
         fused_attention: see `meshwright.train.estimate.estimate`.
-        kind: whose compiler; they keep different copies.
-        limit_bytes: of the chip.
+        chip: whose compiler, they keep different copies, and whose limit; None is a TPU's.
         margin: part of the peak that is added to it, as a temporary, more where a GPU's compiler
             would rewrite the program; 0 for the bare prediction.
 
@@ -134,7 +137,9 @@ def memory_of(
         The estimate; its ``fits`` is a verdict only with a margin.
     """
     state = state_of(placement, itemsize)
-    sizes = _sizes(placement, itemsize, fused_attention, kind)
+    kind, limit_bytes = (chip.kind, chip.limit_bytes) if chip else ("tpu", None)
+    ahead = chip is not None and chip.name not in _IN_ORDER
+    sizes = _sizes(placement, itemsize, fused_attention, kind)._replace(ahead=ahead)
     moments = {
         "loss": _loss(placement, sizes, itemsize, fused_attention, kind),
         "backward": _backward(placement, sizes, itemsize, fused_attention, kind),
@@ -248,7 +253,7 @@ def _loss(
     found["window"] = sizes.layer + 4 * sizes.stream
     if not fused and placement.config.model.remat == "none":
         found["scores"] = _hole(placement, sizes)
-    elif not fused and placement.split("vocab") == 1:
+    elif not fused and sizes.ahead and placement.split("vocab") == 1:
         # In float32 and, after the softmax, in the compute dtype. A split vocabulary's loss waits
         # for all-reduces, and the layer comes after it.
         found["scores"] = sizes.scores * (4 + itemsize)

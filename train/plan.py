@@ -214,7 +214,10 @@ class Plan:
         kernel = self.kernel(compiled=True)
         # The margin is for verdicts, and here the compiler gives it.
         shapes = self._estimate(kernel, rates, margin=0.0)
-        bounds = lower_bounds(self.config, self.mesh, self.rules, self.itemsize)
+        # At jax's default precision a TPU reads float32 matmul operands as bfloat16, and its
+        # compiler may narrow before it gathers.
+        least = 2 if self.topology.kind == "tpu" else self.itemsize
+        bounds = lower_bounds(self.config, self.mesh, self.rules, least)
         facts = StepFacts(
             self._model(kernel),
             tokens=self.config.batch_size * self.config.seq_len,

@@ -52,7 +52,9 @@ def with_changes(plan: Plan, report: PlanReport, *, compile_them: bool) -> PlanR
         changes = [change for candidate in near[:_COMPILED] if (change := _compiled(candidate))]
     else:
         # What fits in the order of the candidates, then what comes nearest to fitting.
+        # Those that fit in the order of the candidates, smallest change first; else the nearest.
         ranked = sorted(found, key=lambda one: max(one.peak_bytes, limit))
+        ranked = [one for one in ranked if not _is_more(one, ranked, limit)]
         changes = [
             Change(one.flags, one.peak_bytes, one.peak_bytes <= limit, "formula")
             for one in ranked[:_SHOWN]
@@ -84,6 +86,12 @@ def candidates(config: TrainConfig, mesh: MeshSpec) -> Iterator[tuple[TrainConfi
     for changed, more in _meshes(base, mesh):
         for last, micro in _microbatches(changed, MeshSpec.parse(changed.mesh)):
             yield last, " ".join(filter(None, (flags, more, micro)))
+
+
+def _is_more(one: _Candidate, others: list[_Candidate], limit: int) -> bool:
+    """Whether a candidate adds to another one that fits already."""
+    words = set(one.flags.split())
+    return any(set(other.flags.split()) < words for other in others if other.peak_bytes <= limit)
 
 
 def _remat(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
@@ -118,13 +126,15 @@ def _zero(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]]:
 
 
 def _meshes(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]]:
-    """All of data moved into fsdp; then tensor twice and four times what it is."""
+    """All of data moved into fsdp; tensor twice, four and eight times what it is; fsdp alone."""
     sizes = mesh.sizes
     data, fsdp, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
     wanted = [(1, data * fsdp, tensor)] if data > 1 else []
     for times in (2, 4, 8):
         if (data * fsdp) % times == 0:
             wanted.append((1, data * fsdp // times, tensor * times))
+    if tensor > 1:
+        wanted.append((1, data * fsdp * tensor, 1))
     found = []
     for shape in wanted:
         named = zip(("data", "fsdp", "tensor"), shape, strict=True)

@@ -27,7 +27,7 @@ from meshwright.sharding.errors import ConfigError, MissingExtraError, RunError,
 from meshwright.sharding.links import physical_layout
 from meshwright.sharding.plan_html import report_html
 from meshwright.sharding.plan_json import report_json
-from meshwright.sharding.plan_text import print_report
+from meshwright.sharding.plan_text import print_report, verdict_text
 from meshwright.sharding.plan_warnings import WARNING_CODES
 from meshwright.sharding.planned import PlanReport
 from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
@@ -94,8 +94,11 @@ def answer(config: TrainConfig, asked: Asked) -> int:
     if budget:  # a limit on what no plan has is refused before the work is done
         check(budget, plan.estimate(rates), WARNING_CODES)
     compiler = _has_compiler(topology, asked)
+    if compiler:
+        print(f"compiling for {topology} (a minute or two; cached) …", file=sys.stderr)
     report, compiled = _report(plan, asked, rates, compiler)
     if report.fits is False:
+        print(f"{verdict_text(report)}; trying what would fit …", file=sys.stderr)
         report = with_changes(plan, report, compile_them=compiler)
     breaches = check(budget, report, WARNING_CODES) if budget else ()
     _print(report, budget, breaches)
