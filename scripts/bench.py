@@ -21,6 +21,8 @@ BENCHMARKS = {
     "launch": ("bench", "seconds from the command to the first finished step, cold and warm"),
     "lowering": ("bench", "time to trace and lower the step against the number of layers"),
     "pauses": ("bench", "time the loop waits for data, and for a checkpoint"),
+    "memory_errors": ("bench_plan", "peaks by closed form against those of compiled plans"),
+    "ranking": ("bench_plan", "order of plans by closed form against that of compiled ones"),
     "traffic": ("bench_traffic", "wire bytes of compiled plans against their lower bounds"),
 }
 """Each benchmark, a function of that name in a module of `meshwright.train`, and what it is for."""
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {what}" for name, (_, what) in BENCHMARKS.items()]
+    lines = [f"  {name:<14} {what}" for name, (_, what) in BENCHMARKS.items()]
     listed = "\n".join(lines)
     return f"usage: meshwright bench NAME [FLAGS of train]\n\n{listed}\n"
 

@@ -47,14 +47,14 @@ PLANS = (
     Planned("v5e:2x4", "fsdp=8", "llama-1b", 32, 2048),
     Planned("v5e:2x4", "tensor=8", "llama-1b", 16, 2048),
     Planned("v5e:16x16", "data=16,fsdp=16", "llama3-8b", 256),
-    Planned("v5e:16x16", "fsdp=16,tensor=16", "llama3-8b", 256),
+    Planned("v5e:16x16", "fsdp=32,tensor=8", "llama3-8b", 256),
     Planned("v5e:16x16", "fsdp=256", "llama3-8b", 512),
-    Planned("v5e:16x16", "fsdp=16,tensor=16", "llama3-70b", 128),
+    Planned("v5e:16x16", "fsdp=32,tensor=8", "llama3-70b", 128),
     Planned("v5p:4x4x4", "data=16,fsdp=4", "llama-1b", 256),
     Planned("v5p:4x4x4", "data=4,fsdp=4,tensor=4", "llama3-8b", 128),
     Planned("v5p:4x4x4", "fsdp=16,tensor=4", "llama3-8b", 128),
     Planned("v5p:4x4x4", "fsdp=64", "llama3-8b", 256),
-    Planned("v5p:4x4x8", "fsdp=8,tensor=16", "llama3-70b", 64),
+    Planned("v5p:4x4x8", "fsdp=16,tensor=8", "llama3-70b", 64),
 )
 """1B to 70B; an axis along one dimension of a torus, and axes across several."""
 

@@ -16,14 +16,16 @@ from meshwright.sharding.errors import MeshwrightError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Change, PlanReport
 from meshwright.train.config import TrainConfig
+from meshwright.train.estimate_memory import MARGIN
 from meshwright.train.plan import Plan
 
 __all__ = ["candidates", "with_changes"]
 
 _COMPILED = 3  # candidates compiled at most; each takes as long as the plan did
 _SHOWN = 4
-# The closed forms are within this of the compiler's peak, so a larger estimate may still fit.
-_DOUBT = 1.10
+# Estimates carry the margin of the closed forms, and without it are within 10% of the compiler's
+# peak: one that is this much over the limit may still fit.
+_DOUBT = 1.10 * (1 + MARGIN)
 
 
 @dataclass(frozen=True)
