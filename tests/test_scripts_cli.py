@@ -36,7 +36,7 @@ FLAGS = """
 --accumulate --batch-size --checkpoint-every --compilation-cache --data.cache
 --data.heldout-fraction --data.mask-documents --data.path --data.tokenizer --dtype
 --eval-batches --eval-every --grad-accum --guard.max-bad-steps --guard.spike-factor --keep-best
---keep-last --log-every --loss.label-smoothing --loss.z-loss --mesh --model.activation
+--keep-last --log-every --loss.chunks --loss.label-smoothing --loss.z-loss --mesh --model.activation
 --model.bias --model.embed --model.head-dim --model.heads --model.init-std --model.kv-heads
 --model.layers --model.max-length --model.mlp --model.norm --model.norm-eps --model.positions
 --model.qk-norm --model.remat --model.rope-factor --model.rope-high-freq-factor

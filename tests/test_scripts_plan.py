@@ -115,7 +115,7 @@ def test_a_plan_that_fits(run: Run, child: dict[str, Any], tmp_path: Path) -> No
     files = {kind: tmp_path / f"plan.{kind}" for kind in ("json", "html", "hlo")}
     words = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
     code, out, err = run(*TPU, *words)
-    assert code == 0 and err == ""
+    assert code == 0 and err.startswith("compiling for v5e:2x4") and err.count("\n") == 1
     assert out.startswith("fits: 3.0 of 15.8 GiB a device")
     document = json.loads(files["json"].read_text())
     assert set(CONTRACT.split()) <= set(document)
@@ -143,7 +143,7 @@ def test_a_plan_that_does_not_fit(run: Run, child: dict[str, Any], tmp_path: Pat
     )
     where = tmp_path / "p.json"
     code, out, err = run(*TPU, "--json", str(where))
-    assert code == 1 and err == ""
+    assert code == 1 and "trying what would fit" in err and "Traceback" not in err
     assert out.startswith("does NOT fit: 17.0 of 15.8 GiB a device, over by 1.2 GiB")
     assert "largest in memory" in out and "changes tried" in out
     changes = json.loads(where.read_text())["memory"]["changes"]
