@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory
 from meshwright.sharding.aot_wheels import require_wheels
-from meshwright.sharding.bounds import axis_shares
+from meshwright.sharding.bounds import wire_by_axis
 from meshwright.sharding.chips import Chip, chip_of
 from meshwright.sharding.collectives import LeafOf, collectives_of
 from meshwright.sharding.errors import MeshError
@@ -185,7 +185,7 @@ def traffic_of(
 ) -> dict[str, AxisTraffic]:
     """Wire bytes by mesh axis beside the least there could be.
 
-    Bytes of a collective over several axes are shared out as `axis_shares` says.
+    Bytes of a collective over several axes are shared out as `wire_by_axis` says.
 
     Args:
         collectives: of the step.
@@ -194,14 +194,8 @@ def traffic_of(
         links: by axis; None without hardware.
         fraction: of the links' bandwidth that is reached.
     """
-    sent = dict.fromkeys(mesh.names, 0.0)
-    for found in collectives:
-        axes = [axis for axis in found.axes if axis in sent]
-        shares = axis_shares([mesh.sizes[axis] for axis in axes]) if len(axes) > 1 else (1.0,)
-        for axis, share in zip(axes, shares, strict=False):
-            sent[axis] += share * found.wire_bytes
     traffic = {}
-    for axis, wire in sent.items():
+    for axis, wire in wire_by_axis(collectives, mesh.sizes).items():
         link = links.get(axis) if links else None
         rate = link.bandwidth * fraction if link and mesh.sizes[axis] > 1 else None
         traffic[axis] = AxisTraffic(

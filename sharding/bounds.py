@@ -31,9 +31,9 @@ device, rows × tokens × width × itemsize; m microbatches; L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from meshwright.sharding.planned import Kind
+from meshwright.sharding.planned import Collective, Kind
 
 __all__ = [
     "all_to_all_context_bytes",
@@ -53,6 +53,7 @@ __all__ = [
     "stage_bytes",
     "tensor_layer_bytes",
     "vocabulary_bytes",
+    "wire_by_axis",
     "wire_bytes",
     "zero1_bytes",
     "zero2_bytes",
@@ -113,6 +114,25 @@ def axis_shares(sizes: Sequence[int]) -> tuple[float, ...]:
         shares.append(ring_fraction(size) / inner / whole if whole else 0.0)
         inner *= size
     return tuple(reversed(shares))
+
+
+def wire_by_axis(collectives: Iterable[Collective], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Wire bytes of collectives by mesh axis, those over several axes shared out.
+
+    Args:
+        collectives: compiled or expected; axes that are not in ``sizes`` are left out.
+        sizes: of every mesh axis; the order of a collective's axes is the mesh's.
+    """
+    total = dict.fromkeys(sizes, 0.0)
+    for found in collectives:
+        axes = [axis for axis in found.axes if axis in total]
+        if len(axes) == 1:
+            total[axes[0]] += found.wire_bytes
+            continue
+        shares = axis_shares([sizes[axis] for axis in axes])
+        for axis, share in zip(axes, shares, strict=True):
+            total[axis] += share * found.wire_bytes
+    return total
 
 
 def data_bytes(parameters: float, n: int, *, gradient_itemsize: float) -> float:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION_FRACTION",
+    "KERNEL_BACKWARD",
+    "KERNEL_BLOCK",
     "PUBLISHED",
     "MeasuredRates",
     "collective_seconds",
@@ -55,10 +57,12 @@ Better Parallelism and Work Partitioning"), FlashAttention-3 up to 75% forward o
 al. 2024). For TPU kernels nothing is published; the low figure is assumed.
 """
 
-# What kernels run over what is useful: matmuls of a backward pass in units of a forward pass,
-# and the side of the blocks that are computed whole where a causal mask cuts them.
-_BACKWARD = {"cudnn": 2.5, "splash": 3.5}
-_BLOCK = {"cudnn": 0, "splash": 512}
+KERNEL_BACKWARD = {"cudnn": 2.5, "splash": 3.5}
+"""Matmuls of a fused kernel's backward pass, in units of its forward pass."""
+
+KERNEL_BLOCK = {"cudnn": 0, "splash": 512}
+"""Side of the blocks a fused kernel computes whole where a causal mask cuts them; of cuDNN, whose
+blocks are not published, half of the scores is counted."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ class MeasuredRates:
         """
         attention = None
         found = calibration.attention
-        if found is not None and found.kernel in _BACKWARD:
+        if found is not None and found.kernel in KERNEL_BACKWARD:
             # Of one useful forward FLOP, to which two useful backward FLOPs belong.
             seconds = 1 / found.forward.value + 2 / found.backward.value
-            whole = 1 + min(1.0, _BLOCK[found.kernel] / found.length)
-            attention = (1 + _BACKWARD[found.kernel]) * whole / seconds
+            whole = 1 + min(1.0, KERNEL_BLOCK[found.kernel] / found.length)
+            attention = (1 + KERNEL_BACKWARD[found.kernel]) * whole / seconds
         links = 1.0
         if chip.kind == "gpu" and calibration.link_bandwidth:
             measured = calibration.link_bandwidth.values()

@@ -9,7 +9,9 @@ import functools
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
+from meshwright.sharding.aot_program import CompiledProgram
 from meshwright.sharding.collectives import CollectiveList, collectives_of
 from meshwright.sharding.hlo import parse_module
 from meshwright.sharding.mesh import MeshSpec
@@ -19,6 +21,7 @@ TARGETS = sorted(path.name.removesuffix(".json.xz") for path in GOLDEN.glob("*.j
 # Eight devices: the targets that all programs but those over slices were compiled for.
 ONE_SLICE = [target for target in TARGETS if "slices" not in target and "four" not in target]
 
+_GIB = 2**30
 # One collective as the tests compare it: kind, axes, partial, count, S, wire bytes in all.
 Row = tuple[str, tuple[str, ...], bool, int, int, int]
 
@@ -57,3 +60,19 @@ def row(
         kind, size * (n - 1) // n
     )
     return kind, axes, partial, count, size, wire * count
+
+
+def program(text: str | None, **changes: Any) -> CompiledProgram:
+    """A program with this text that takes 3 GiB, an input of 1 GiB among them, unless changed."""
+    fields: dict[str, Any] = {
+        "argument_bytes": _GIB,
+        "output_bytes": _GIB,
+        "alias_bytes": _GIB,
+        "temp_bytes": 3 * _GIB,
+        "peak_bytes": 3 * _GIB,
+        "generated_code_bytes": 0,
+        "compile_seconds": 1.0,
+        "lower_seconds": 0.5,
+        "versions": {"jax": "0.10.2", "libtpu": "0.0.42"},
+    }
+    return CompiledProgram(text, **{**fields, **changes})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled_texts import golden
+from compiled_texts import golden, program
 
 from meshwright.scripts.main import main
 from meshwright.sharding.aot import ChildResult
@@ -59,21 +59,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, out, err
 
     return call
-
-
-def program(text: str | None, **changes: Any) -> CompiledProgram:
-    fields: dict[str, Any] = {
-        "argument_bytes": GIB,
-        "output_bytes": GIB,
-        "alias_bytes": GIB,
-        "temp_bytes": 3 * GIB,
-        "peak_bytes": 3 * GIB,
-        "generated_code_bytes": 0,
-        "compile_seconds": 1.0,
-        "lower_seconds": 0.5,
-        "versions": {"jax": "0.10.2", "libtpu": "0.0.42"},
-    }
-    return CompiledProgram(text, **{**fields, **changes})
 
 
 @pytest.fixture

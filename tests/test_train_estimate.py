@@ -429,8 +429,8 @@ def test_measured_rates_replace_the_data_sheets() -> None:
 def test_fused_attention_is_counted_as_in_compiled_programs() -> None:
     kernels = {"gpu": "cudnn", "tpu": "splash"}
     for kind, kernel in kernels.items():
-        assert estimate_time._BLOCK[kind] == shared_rule._BLOCK[kernel]
-        assert estimate_time._FUSED_BACKWARD[kind] == shared_rule._BACKWARD[kernel]
+        assert estimate_time._BLOCK[kind] == shared_rule.KERNEL_BLOCK[kernel]
+        assert estimate_time._FUSED_BACKWARD[kind] == shared_rule.KERNEL_BACKWARD[kernel]
 
 
 @pytest.mark.parametrize(("kind", "overlapped"), [("gpu", "all"), ("tpu", "gathers"), (None, "")])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled_texts import golden
+from compiled_texts import golden, program
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 import meshwright
 from meshwright.models.config import named
 from meshwright.sharding.aot import ChildResult
-from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory
+from meshwright.sharding.aot_program import OutOfMemory
 from meshwright.sharding.aot_wheels import wheels
 from meshwright.sharding.collectives import collectives_of
 from meshwright.sharding.errors import (
@@ -56,21 +56,6 @@ def run_of(name: str = "tiny", **changes: Any) -> TrainConfig:
     }
     model = replace(named(name), **changes.pop("model", {}))
     return TrainConfig(model, **{**fields, **changes})
-
-
-def program(text: str | None, **changes: Any) -> CompiledProgram:
-    fields: dict[str, Any] = {
-        "argument_bytes": GIB,
-        "output_bytes": GIB,
-        "alias_bytes": GIB,
-        "temp_bytes": 3 * GIB,
-        "peak_bytes": 3 * GIB,
-        "generated_code_bytes": 0,
-        "compile_seconds": 1.0,
-        "lower_seconds": 0.5,
-        "versions": {"jax": "0.10.2", "libtpu": "0.0.42"},
-    }
-    return CompiledProgram(text, **{**fields, **changes})
 
 
 @pytest.fixture

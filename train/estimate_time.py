@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from meshwright.sharding.planned import Collective, ComputeEstimate, StepEstimate
 from meshwright.sharding.step_time import (
+    KERNEL_BACKWARD,
+    KERNEL_BLOCK,
     PUBLISHED,
     MeasuredRates,
     collective_seconds,
@@ -36,11 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StepWork", "compute_of", "time_of", "work_of"]
 
-# As `meshwright.sharding.step_time` has them: the side of the blocks a fused kernel computes whole
-# where the mask cuts them (of cuDNN, whose blocks are not published, half is counted), and the
-# matmuls of its backward pass over the two of its forward pass.
-_BLOCK = {"gpu": 0, "tpu": 512}
-_FUSED_BACKWARD = {"gpu": 2.5, "tpu": 3.5}
+_KERNEL = {"gpu": "cudnn", "tpu": "splash"}
+_BLOCK = {kind: KERNEL_BLOCK[kernel] for kind, kernel in _KERNEL.items()}
+_FUSED_BACKWARD = {kind: KERNEL_BACKWARD[kernel] for kind, kernel in _KERNEL.items()}
 
 
 class StepWork(NamedTuple):

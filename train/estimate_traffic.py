@@ -27,7 +27,7 @@ collective over several axes are shared out by `meshwright.sharding.bounds.axis_
 
 from __future__ import annotations
 
-from meshwright.sharding.bounds import axis_shares, wire_bytes
+from meshwright.sharding.bounds import wire_by_axis, wire_bytes
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, Phase
 from meshwright.sharding.rules import Rules
@@ -73,15 +73,7 @@ def lower_bounds(
 
 def by_axis(placement: Placement, collectives: tuple[Collective, ...]) -> dict[str, float]:
     """Wire bytes of collectives by mesh axis, those over several axes shared out."""
-    total = dict.fromkeys(placement.sizes, 0.0)
-    for found in collectives:
-        if len(found.axes) == 1:
-            total[found.axes[0]] += found.wire_bytes
-            continue
-        shares = axis_shares([placement.sizes[axis] for axis in found.axes])
-        for axis, share in zip(found.axes, shares, strict=True):
-            total[axis] += share * found.wire_bytes
-    return total
+    return wire_by_axis(collectives, placement.sizes)
 
 
 def expected_collectives(
