@@ -14,7 +14,8 @@ rate uses them at once, so the rates add ("How to Scale Your Model", Austin et a
 Dimensions of different rates are gathered in turn, in the best order, slow ones while the buffer
 is small: adding those too would need a buffer cut in proportion, which XLA does not do.
 The two devices of a tpu7x chip have one set of links: an axis that joins them uses all of it,
-another half.
+another half. Scatters go over those dimensions one after another, and gathers over more than two
+of them in two steps, as `meshwright.train.torus` writes them; see `AxisLink.rate`.
 
 **GPU.** Within a host, the switch takes what a GPU can send. Across hosts, a ring enters and
 leaves a host once for every network card it can use, one a GPU of the group: NCCL builds as
@@ -43,6 +44,7 @@ from typing import Any, Literal
 
 from meshwright.sharding.chips import Chip, chip_of
 from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.planned import Kind
 from meshwright.sharding.slices import check_layout
 from meshwright.sharding.topology import Topology
 
@@ -78,6 +80,8 @@ class AxisLink:
         all_to_all_bandwidth: bytes a second a device sends when each sends to each.
         permute_bandwidth: bytes a second a device sends to the next one on the ring.
         source: where the rate is from, and how it was put together.
+        rings: (devices, bytes a second around them) of each torus dimension, the outermost first;
+            empty where the axis is one ring.
     """
 
     bandwidth: float
@@ -90,6 +94,40 @@ class AxisLink:
     all_to_all_bandwidth: float = math.inf
     permute_bandwidth: float = math.inf
     source: str = ""
+    rings: tuple[tuple[int, float], ...] = ()
+
+    def rate(self, kind: Kind, participants: int) -> float:
+        """Bytes a second a device sends for one kind of collective.
+
+        Args:
+            kind: of the collective.
+            participants: fewer than the axis has for one over some of its torus dimensions.
+
+        >>> link = axis_links(Topology.parse("v5p:4x4x4"), MeshSpec.parse("fsdp=64"))["fsdp"]
+        >>> [round(link.rate(kind, 64) / 1e9) for kind in ("all-reduce", "all-gather")]
+        [600, 382]
+        >>> [round(link.rate("reduce-scatter", n) / 1e9) for n in (64, 4)]
+        [200, 200]
+        """
+        if kind == "all-to-all":
+            return self.all_to_all_bandwidth
+        if kind == "collective-permute":
+            return self.permute_bandwidth
+        if participants < self.participants:
+            ways = [
+                rings
+                for count in range(1, len(self.rings))
+                for rings in itertools.combinations(self.rings, count)
+                if math.prod(size for size, _ in rings) == participants
+            ]
+            return min(map(_at_once, ways), default=self.bandwidth)
+        if kind == "reduce-scatter" and len(self.rings) > 1:
+            return _one_by_one([(size, rate) for size, rate in self.rings[::-1]])
+        if kind == "all-gather" and sum(size > 2 for size, _ in self.rings) > 2:
+            outer, inner = self.rings[:2], self.rings[2:]
+            sizes = [math.prod(size for size, _ in rings) for rings in (inner, outer)]
+            return _one_by_one([(sizes[0], _at_once(inner)), (sizes[1], _at_once(outer))])
+        return self.bandwidth
 
 
 _ALONE = AxisLink(math.inf, "none", source="nothing is sent over an axis of one")
@@ -167,10 +205,10 @@ def _over_torus(
         return _between_dies(chip, size)
     own = row[len(shape)] if len(row) > len(shape) else 1
     sharing = chip.devices_per_chip // own  # groups that use the same links of a chip
-    rates: dict[float, list[int]] = {}  # of a ring → sizes of the dimensions that have it
     exchange = pass_on = math.inf
     hops = own - 1
     closed = True
+    rings: list[tuple[int, float]] = []
     for dimension, (size_here, wraps) in enumerate(zip(row, chip.closed_dims(shape), strict=False)):
         if size_here == 1:
             continue
@@ -179,12 +217,12 @@ def _over_torus(
         ring = wraps and size_here * stride == shape[dimension]
         one_way = chip.link_bandwidth / stride / sharing
         rate = one_way * (2 if ring else 1)
-        rates.setdefault(rate, []).append(size_here)
+        rings.append((size_here, rate))
         exchange = min(exchange, 4 * rate / size_here)  # by what crosses the middle
         pass_on = min(pass_on, one_way)
         hops += (size_here // 2 if ring else size_here - 1) * stride
         closed = closed and ring
-    total = _in_turn([(math.prod(sizes), rate * len(sizes)) for rate, sizes in rates.items()])
+    total = _at_once(rings)
     return AxisLink(
         bandwidth=total,
         network="ici",
@@ -195,8 +233,26 @@ def _over_torus(
         all_to_all_bandwidth=min(total, exchange),
         permute_bandwidth=pass_on,
         source=f"{chip.sources['link_bandwidth']}; "
-        f"{sum(map(len, rates.values()))} dimension(s), {'closed' if closed else 'open'}",
+        f"{len(rings)} dimension(s), {'closed' if closed else 'open'}",
+        rings=tuple(rings) if len(rings) > 1 else (),
     )
+
+
+def _at_once(rings: Sequence[tuple[int, float]]) -> float:
+    """Bytes a second over several rings: those of one rate together, the others in turn."""
+    alike: dict[float, list[int]] = {}
+    for size, rate in rings:
+        alike.setdefault(rate, []).append(size)
+    return _in_turn([(math.prod(sizes), rate * len(sizes)) for rate, sizes in alike.items()])
+
+
+def _one_by_one(phases: Sequence[tuple[int, float]]) -> float:
+    """As `_in_turn`, in the order given: the first has the smallest buffer."""
+    seconds, held = 0.0, 1
+    for size, rate in phases:
+        seconds += held * (size - 1) / rate
+        held *= size
+    return (held - 1) / seconds
 
 
 def _in_turn(phases: Sequence[tuple[int, float]]) -> float:
@@ -208,15 +264,7 @@ def _in_turn(phases: Sequence[tuple[int, float]]) -> float:
     >>> _in_turn([(4, 100.0)]), round(_in_turn([(8, 50.0), (16, 100.0)]), 1)
     (100.0, 94.8)
     """
-    whole = math.prod(size for size, _ in phases)
-    best = math.inf
-    for order in itertools.permutations(phases):
-        seconds, held = 0.0, 1
-        for size, rate in order:
-            seconds += held * (size - 1) / rate
-            held *= size
-        best = min(best, seconds)
-    return (whole - 1) / best
+    return max((_one_by_one(order) for order in itertools.permutations(phases)), default=math.inf)
 
 
 def _between_dies(chip: Chip, size: int) -> AxisLink:

@@ -240,7 +240,9 @@ def _gathered_again(facts: PlanFacts) -> Iterator[PlanWarning]:
         if found.kind == "all-gather" and found.leaf in facts.gathers:
             counted[found.leaf].append(found)
     for leaf, found in counted.items():
-        times, needed = sum(c.count for c in found), facts.gathers[leaf]
+        # One over a part of its axes is a part of a gather that is made of several.
+        times = round(sum(c.count * _part_of_axes(facts, c) for c in found))
+        needed = facts.gathers[leaf]
         wire = sum(c.wire_bytes for c in found)
         extra = round(wire * (1 - needed / times)) if times > needed else 0
         if extra > facts.small_wire_bytes:
@@ -253,6 +255,14 @@ def _gathered_again(facts: PlanFacts) -> Iterator[PlanWarning]:
                 cost_seconds=_seconds(facts, found[0], extra),
                 fix="read the weight once a layer; a copy kept by the caller is gathered again",
             )
+
+
+def _part_of_axes(facts: PlanFacts, found: Collective) -> float:
+    """Of a gather over whole axes, by the factor its buffer grows; 1 where it is all of it."""
+    whole = math.prod(facts.mesh.sizes.get(axis, 1) for axis in found.axes)
+    if not 1 < found.participants < whole:
+        return 1.0
+    return math.log(found.participants) / math.log(whole)
 
 
 def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:

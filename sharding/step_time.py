@@ -282,17 +282,14 @@ def collective_seconds(
             if link.participants < 2:
                 continue
             part = collective.wire_bytes * (share if len(axes) > 1 else 1.0)
-            seconds = part / (fraction * _rate(collective, link)) + _latency(collective, link)
+            members = collective.participants if len(axes) == 1 else link.participants
+            seconds = part / (fraction * link.rate(collective.kind, members)) + _latency(
+                collective, link
+            )
             total[axis] = total.get(axis, 0.0) + seconds
             if collective.overlaps is False:
                 exposed[axis] = exposed.get(axis, 0.0) + seconds
     return total, exposed
-
-
-def _rate(collective: Collective, link: AxisLink) -> float:
-    if collective.kind == "all-to-all":
-        return link.all_to_all_bandwidth
-    return link.permute_bandwidth if collective.kind == "collective-permute" else link.bandwidth
 
 
 def _latency(collective: Collective, link: AxisLink) -> float:

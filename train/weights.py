@@ -31,9 +31,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import Remat
 from meshwright.models.hooks import scan_layers
-from meshwright.sharding.decisions import axes_of
+from meshwright.sharding.decisions import axes_of, entry_of
 from meshwright.train.embedding import Exchange
 from meshwright.train.layout import Layout
+from meshwright.train.torus import Torus
 
 __all__ = ["LAYERS", "Reductions", "Weights", "scope_of"]
 
@@ -77,6 +78,7 @@ class Weights:
         final: bool = False,
     ) -> None:
         self.mesh, self.dtype, self.reductions = mesh, dtype, reductions
+        self.torus = Torus.of(mesh)
         self.rows = {
             name: leaf.shape[0]
             for name, leaf in shapes.items()
@@ -99,9 +101,8 @@ class Weights:
         ) -> jax.Array:
             if spec == held:
                 return master
-            # Held where it is first: the partitioner may otherwise gather before the cast.
             with jax.named_scope(scope_of(jax.tree_util.keystr(path, simple=True, separator="/"))):
-                return self._put(self._put(master.astype(self.dtype), held), spec)
+                return self._gathered(master.astype(self.dtype), held, spec)
 
         specs = (self.working_specs, self.master_specs)
         return jax.tree_util.tree_map_with_path(one, masters, *specs)
@@ -190,10 +191,8 @@ class Weights:
 
         @jax.custom_vjp
         def use(weight: jax.Array) -> jax.Array:
-            # Held where it is first: the partitioner may otherwise gather before the cast, at
-            # twice the bytes.
             with jax.named_scope(scope):
-                return self._put(self._put(weight.astype(self.dtype), working), compute)
+                return self._gathered(weight.astype(self.dtype), working, compute)
 
         def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
             # Through the compute layout first: the partitioner then sums what is left to it
@@ -246,7 +245,7 @@ class Weights:
         def local(grads: jax.Array) -> jax.Array:
             grad = jax.lax.squeeze(grads, (0,))
             for dim, axes in scattered.items():
-                grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+                grad = self.torus.scatter(grad, axes, dim)
             return jax.lax.psum(grad, whole) if whole else grad
 
         split = [axes_of(entry) for entry in (*compute, *[None] * (grads.ndim - 1 - len(compute)))]
@@ -260,6 +259,44 @@ class Weights:
             out_specs=out,
             check_vma=False,
         )(grads)
+
+    def _gathered(self, x: jax.Array, held: PartitionSpec, spec: PartitionSpec) -> jax.Array:
+        """Take ``x`` from one layout to another that splits less.
+
+        It is held where it is first: the partitioner may otherwise gather before a cast, at twice
+        the bytes.
+        """
+        x = self._put(x, held)
+        rows = _split_dims(x.ndim, held, spec)
+        kept = math.prod(self.mesh.shape[axis] for *_, kept in rows for axis in kept)
+        apart = {
+            dim: axes[len(kept_axes) :]
+            for dim, axes, kept_axes in rows
+            if axes[: len(kept_axes)] == kept_axes
+            and self.torus.gathers_apart(axes[len(kept_axes) :], x.nbytes // kept)
+        }
+        if not apart:
+            return self._put(x, spec)
+        entries = [entry_of(axes[: len(axes) - len(apart.get(dim, ()))]) for dim, axes, _ in rows]
+
+        def local(x: jax.Array) -> jax.Array:
+            for dim, axes in apart.items():
+                x = self.torus.gather(x, axes, dim)
+            return x
+
+        out = PartitionSpec(*entries)
+        gather = jax.custom_batching.custom_vmap(
+            jax.shard_map(local, mesh=self.mesh, in_specs=held, out_specs=out, check_vma=False)
+        )
+
+        @gather.def_vmap
+        def _(size: int, batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+            # Weights are the same for all replicas; only this rule may name the mapped axes.
+            del size
+            assert not batched[0], "weights are not mapped over"
+            return gather(x), False
+
+        return self._put(gather(x), spec)
 
     def _put(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
@@ -283,6 +320,17 @@ def _save_all_but_weights(primitive: Any, *operands: Any, **_: Any) -> bool:
     if primitive.name == "custom_vjp_call":
         return len(operands) > 1
     return primitive.name not in ("sharding_constraint", "convert_element_type")
+
+
+def _split_dims(
+    ndim: int, held: PartitionSpec, spec: PartitionSpec
+) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]]:
+    """(dim, axes that split it in ``held``, axes that split it in ``spec``) of every dim."""
+    before, after = (
+        [axes_of(entry) for entry in (*layout, *[None] * (ndim - len(layout)))]
+        for layout in (held, spec)
+    )
+    return [(dim, before[dim], after[dim]) for dim in range(ndim)]
 
 
 def _map_specs(fn: Callable[[PartitionSpec], PartitionSpec], specs: Any) -> Any:
