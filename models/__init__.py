@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from meshwright.models.config import ExpertConfig as ExpertConfig
     from meshwright.models.config import ModelConfig as ModelConfig
+    from meshwright.models.config import active_parameters as active_parameters
     from meshwright.models.config import count_parameters as count_parameters
     from meshwright.models.decoder import Decoder as Decoder
     from meshwright.models.hooks import Hooks as Hooks
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELS",
     "Decoder",
+    "ExpertConfig",
     "Functional",
     "Hooks",
     "ModelConfig",
+    "active_parameters",
     "count_parameters",
     "functional",
     "generate",
@@ -33,10 +37,12 @@ __all__ = [
 
 _MODULE_OF = {
     "Decoder": "decoder",
+    "ExpertConfig": "config",
     "Functional": "pure",
     "Hooks": "hooks",
     "MODELS": "sizes",
     "ModelConfig": "config",
+    "active_parameters": "config",
     "count_parameters": "config",
     "functional": "pure",
     "generate": "sampling",

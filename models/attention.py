@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from meshwright.models.config import ModelConfig
-from meshwright.models.hooks import Hooks
+from meshwright.models.hooks import ATTENTION, Hooks
 from meshwright.models.layers import Init, Norm, add_bias, residual_std
 
 __all__ = ["Attention", "Cache", "Shared", "rope_frequencies", "rotate", "rotation"]
@@ -81,16 +82,29 @@ class Shared:
     Attributes:
         hooks: see `Hooks`.
         rotation: cosines and sines, each [B or 1, T, 1, H / 2] float32; None without RoPE.
-        mask: True where a query may attend, [B, 1, T, S]; None for everywhere.
-        causal: additionally, no query attends to what comes after it.
-        length: name of the activations' second dim; None where it must stay whole.
+        segments: each token's document, int32 [B, T]; None where each row is one.
+        mask: True where a query may attend, [B, 1, T, S], besides; None for everywhere.
+        causal: no query attends to what comes after it.
+        length: name of the activations' second dim where heads, MLP or vocabulary may be split;
+            None where it must stay whole.
     """
 
     hooks: Hooks
     rotation: tuple[Array, Array] | None
+    segments: Array | None
     mask: Array | None
     causal: bool
     length: str | None
+
+    @property
+    def stream(self) -> tuple[str | None, ...]:
+        """Dims of the residual stream, between the regions where ``inside`` holds."""
+        return ("batch", self.length and "sequence", "embed")
+
+    @property
+    def inside(self) -> tuple[str | None, ...]:
+        """Dims of what attention, MLP and head read."""
+        return ("batch", self.length, "embed")
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -168,9 +182,16 @@ class Attention(nnx.Module):
             k, v = cache.read()
             cache = dataclasses.replace(cache, layer=cache.layer + 1)
         mixed = shared.hooks.attention(
-            q, k, v, mask=shared.mask, causal=shared.causal, scale=self.config.head_dim**-0.5
+            q,
+            k,
+            v,
+            causal=shared.causal,
+            scale=self.config.head_dim**-0.5,
+            segments=shared.segments,
+            mask=shared.mask,
         )
         mixed = shared.hooks.constrain(mixed, ("batch", shared.length, "heads", "head_dim"))
+        mixed = checkpoint_name(mixed, ATTENTION)
         return add_bias(jnp.einsum("btnh,nhd->btd", mixed, self.wo[...]), self.bo), cache
 
     def _project(self, x: Array, shared: Shared) -> tuple[Array, Array, Array]:

@@ -4,12 +4,17 @@ The layers are one block whose every parameter has a first dim ``layers``. Apply
 loop over that dim, so tracing and compiling take the same time for 4 layers as for 126, and
 a sharding rule names a parameter once instead of once a layer. The cost: layers that differ
 from each other cannot be expressed; a list of blocks could, at a compile time that grows.
+The one exception, a model with experts whose first layers are dense, has a second, small stack
+before the first. It counts as outside of the layers, as the embedding does: its parameters are
+not gathered layer by layer.
 
 Norms, softmax, rotations and logits are float32; all else is in the dtype of the parameters.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,8 +22,9 @@ from flax import nnx
 from jax import Array
 
 from meshwright.models.attention import Attention, Cache, Shared, rotation
-from meshwright.models.config import ModelConfig
-from meshwright.models.hooks import Hooks, take_rows
+from meshwright.models.config import ExpertConfig, ModelConfig
+from meshwright.models.experts import Experts, ExpertSums
+from meshwright.models.hooks import Hooks, LayerBody, scan_layers, take_rows
 from meshwright.models.layers import Init, Mlp, Norm, float32_logits
 from meshwright.sharding.errors import ConfigError
 
@@ -26,23 +32,38 @@ __all__ = ["Block", "Decoder"]
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each on a normed copy of the residual stream (pre-norm)."""
+    """Attention and MLP or experts, each on a normed copy of the residual stream (pre-norm)."""
 
     def __init__(self, config: ModelConfig, init: Init) -> None:
         self.attn_norm = Norm(config, init.at("attn_norm"), config.embed)
         self.attn = Attention(config, init.at("attn"))
         self.mlp_norm = Norm(config, init.at("mlp_norm"), config.embed)
-        self.mlp = Mlp(config, init.at("mlp"))
+        sparse = config.experts.count > 0
+        self.mlp = None if sparse else Mlp(config, init.at("mlp"))
+        self.experts = Experts(config, init.at("experts")) if sparse else None
 
     def __call__(
-        self, x: Array, shared: Shared, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
-        """Add one layer's work to the stream ``x`` [B, T, D]; see `Attention` for the cache."""
-        dims = ("batch", shared.length, "embed")
-        mixed, cache = self.attn(self.attn_norm(x), shared, cache)
-        x = shared.hooks.constrain(x + mixed, dims)
-        worked = self.mlp(self.mlp_norm(x), shared.hooks, shared.length)
-        return shared.hooks.constrain(x + worked, dims), cache
+        self,
+        x: Array,
+        shared: Shared,
+        cache: Cache | None = None,
+        sums: ExpertSums | None = None,
+    ) -> tuple[Array, Cache | None, ExpertSums | None]:
+        """Add one layer's work to the stream ``x`` [B, T, D].
+
+        See `Attention` for the cache, and `Experts` for the sums.
+        """
+        hooks = shared.hooks
+        read = hooks.reshard(self.attn_norm(x), shared.stream, shared.inside)
+        mixed, cache = self.attn(read, shared, cache)
+        x += hooks.constrain(mixed, shared.stream)
+        read = hooks.reshard(self.mlp_norm(x), shared.stream, shared.inside)
+        if self.experts is not None:
+            worked, sums = self.experts(read, hooks, shared.length, sums)
+        else:
+            assert self.mlp is not None
+            worked = self.mlp(read, hooks, shared.length)
+        return x + hooks.constrain(worked, shared.stream), cache, sums
 
 
 class Decoder(nnx.Module):
@@ -69,7 +90,10 @@ class Decoder(nnx.Module):
             if learned
             else None
         )
-        self.layers = Block(config, init.at("layers", layers=config.layers))
+        first = config.experts.first_dense
+        dense = dataclasses.replace(config, experts=ExpertConfig())
+        self.dense_layers = Block(dense, init.at("dense_layers", layers=first)) if first else None
+        self.layers = Block(config, init.at("layers", layers=config.layers - first))
         self.final_norm = Norm(config, init.at("final_norm"), embed)
         self.head = (
             None if config.tied else init.normal("head", std, embed=embed, vocab=config.vocab_size)
@@ -95,7 +119,8 @@ class Decoder(nnx.Module):
             hooks: where parallelism steps in; the single-device defaults if None.
 
         Returns:
-            Logits float32 [B, T, V], or what ``hooks.score`` makes of them.
+            Logits float32 [B, T, V], or what ``hooks.score`` and, of a model with experts,
+            ``hooks.collect`` make of them.
 
         Raises:
             ConfigError: more tokens than ``max_length``.
@@ -105,19 +130,11 @@ class Decoder(nnx.Module):
         self._check_length(length)
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        mask = None
-        if segments is not None:
-            mask = segments[:, None, :, None] == segments[:, None, None, :]
-        shared = self._shared(positions, hooks, mask=mask, causal=True, length="length")
-
-        graph, stacked = nnx.split(self.layers)
-
-        def body(x: Array, layer: Any) -> Array:
-            return nnx.merge(graph, layer)(x, shared)[0]
-
-        x = self._embed(tokens, positions, shared)
-        x = hooks.run_layers(body, nnx.to_pure_dict(stacked), x, self.config.remat)
-        return hooks.score(self.final_norm(x), lambda x: self._logits(x, shared))
+        shared = self._shared(positions, hooks, segments=segments, causal=True, length="length")
+        x, sums = self._run_layers(self._embed(tokens, positions, shared), shared)
+        read = hooks.reshard(self.final_norm(x), shared.stream, shared.inside)
+        scored = hooks.score(read, lambda x: self._logits(x, shared))
+        return scored if sums is None else hooks.collect(scored, sums)
 
     def extend(
         self, tokens: Array, cache: Cache, *, hooks: Hooks | None = None
@@ -140,16 +157,33 @@ class Decoder(nnx.Module):
         mask = jnp.broadcast_to(mask[:, None], (batch, 1, tokens.shape[1], room))
         shared = self._shared(positions, hooks, mask=mask, causal=False, length=None)
 
-        graph, stacked = nnx.split(self.layers)
-
-        def body(carry: tuple[Array, Cache], layer: Any) -> tuple[Array, Cache | None]:
-            x, cache = carry
-            return nnx.merge(graph, layer)(x, shared, cache)
+        def extend(block: Any, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            return block(carry[0], shared, carry[1])[:2]
 
         carry = (self._embed(tokens, positions, shared), cache)
-        x, cache = hooks.run_layers(body, nnx.to_pure_dict(stacked), carry, "none")
+        if self.dense_layers is not None:
+            carry = scan_layers(*_each(self.dense_layers, extend), carry, "none")
+        x, cache = hooks.run_layers(*_each(self.layers, extend), carry, "none")
         logits = self._logits(self.final_norm(x[:, -1:]), shared)
         return logits[:, 0], cache.after(tokens.shape[1])
+
+    def _run_layers(self, x: Array, shared: Shared) -> tuple[Array, ExpertSums | None]:
+        """All layers in order: the stream, and what those of experts report."""
+        remat = self.config.remat
+
+        def dense(block: Any, x: Array) -> Array:
+            return block(x, shared)[0]
+
+        def sparse(block: Any, carry: tuple[Array, ExpertSums]) -> tuple[Array, ExpertSums]:
+            x, _, sums = block(carry[0], shared, sums=carry[1])
+            return x, sums
+
+        if self.dense_layers is not None:
+            x = scan_layers(*_each(self.dense_layers, dense), x, remat)
+        if not self.config.experts.count:
+            return shared.hooks.run_layers(*_each(self.layers, dense), x, remat), None
+        carry = (x, ExpertSums.zeros(self.config, x.shape[0]))
+        return shared.hooks.run_layers(*_each(self.layers, sparse), carry, remat)
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_length:
@@ -165,19 +199,20 @@ class Decoder(nnx.Module):
         positions: Array,
         hooks: Hooks,
         *,
-        mask: Array | None,
         causal: bool,
         length: str | None,
+        segments: Array | None = None,
+        mask: Array | None = None,
     ) -> Shared:
         rotated = self.config.positions == "rope"
         by = rotation(self.config, positions) if rotated else None
-        return Shared(hooks=hooks, rotation=by, mask=mask, causal=causal, length=length)
+        return Shared(hooks, by, segments, mask, causal, length)
 
     def _embed(self, tokens: Array, positions: Array, shared: Shared) -> Array:
         x = shared.hooks.look_up(self.embedding[...], tokens)
         if self.positions is not None:
             x += take_rows(self.positions[...], positions)
-        return shared.hooks.constrain(x, ("batch", shared.length, "embed"))
+        return shared.hooks.constrain(x, shared.stream)
 
     def _logits(self, x: Array, shared: Shared) -> Array:
         if self.head is None:
@@ -186,3 +221,13 @@ class Decoder(nnx.Module):
             equation, weights = "btd,dv->btv", self.head[...]
         logits = float32_logits(equation, x, weights)
         return shared.hooks.constrain(logits, ("batch", shared.length, "vocab"))
+
+
+def _each(stack: Block, apply: Callable[[Any, Any], Any]) -> tuple[LayerBody, Any]:
+    """What ``run_layers`` takes: one layer as a function, and the parameters of all."""
+    graph, stacked = nnx.split(stack)
+
+    def body(x: Any, layer: Any) -> Any:
+        return apply(nnx.merge(graph, layer), x)
+
+    return body, nnx.to_pure_dict(stacked)

@@ -3,9 +3,11 @@
 The models do mathematics and never see a mesh. The places where a layout matters are known
 to the model, though, and nowhere else, so it calls a function there:
 
-- ``constrain`` where an activation's layout may be fixed, with the names of its dims;
+- ``constrain`` where an activation's layout may be fixed, with the names of its dims, and
+  ``reshard`` where it may change;
 - ``attention`` for the one operation that mixes positions, so that a ring or a kernel of
   another library can take its place;
+- ``experts`` for the one that moves tokens, so that an exchange between devices can;
 - ``run_layers`` for the stack of layers, so that the caller may gather, cast or pipeline
   each layer's parameters inside the recomputed region.
 
@@ -26,16 +28,22 @@ from jax import Array
 from meshwright.models.config import Remat
 
 __all__ = [
+    "ATTENTION",
     "Hooks",
     "LayerBody",
     "constrain_nothing",
     "cudnn_serves",
     "dot_product",
+    "keep_scored",
     "project_all",
     "rematerialise",
+    "reshard_nothing",
     "scan_layers",
     "take_rows",
 ]
+
+ATTENTION = "attention"
+"""Checkpoint name of what attention leaves for the backward pass."""
 
 LayerBody = Callable[[Any, Any], Any]
 """One layer: (x, the parameters of one layer as nested dicts) → x of the same structure."""
@@ -47,14 +55,23 @@ def constrain_nothing(x: Array, dims: tuple[str | None, ...]) -> Array:
     return x
 
 
+def reshard_nothing(
+    x: Array, before: tuple[str | None, ...], after: tuple[str | None, ...]
+) -> Array:
+    """Leave the layout of ``x`` to the compiler."""
+    del before, after
+    return x
+
+
 def dot_product(
     q: Array,
     k: Array,
     v: Array,
     *,
-    mask: Array | None,
     causal: bool,
     scale: float,
+    segments: Array | None = None,
+    mask: Array | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Array:
     """Attend with `jax.nn.dot_product_attention`; softmax in float32.
@@ -63,11 +80,14 @@ def dot_product(
         q: queries [B, T, N, H].
         k: keys [B, S, K, H], N a multiple of K; query head n uses key head n // (N / K).
         v: values [B, S, K, H].
-        mask: True where a query may attend, bool [B, 1, T, S]; None for everywhere.
-        causal: additionally, query t attends only to keys up to t.
+        causal: query t attends only to keys up to t.
         scale: factor on the products of queries and keys.
+        segments: each token's document, int32 [B, T] with T = S; queries attend within their
+            own only. None: each row is one document.
+        mask: True where a query may attend, bool [B, 1, T, S], for what documents and order do
+            not say; None for everywhere.
         implementation: ``xla`` for matmuls and softmax, ``cudnn`` for the fused kernel; None
-            takes the kernel where this process's default device has it and no mask is given.
+            takes the kernel where this process's default device has it and nothing is masked.
 
     Returns:
         [B, T, N, H] in the dtype of ``q``.
@@ -75,6 +95,9 @@ def dot_product(
     The kernel must be asked for by name: without one, `jax.nn.dot_product_attention` takes the
     XLA path on every backend (as of jax 0.10).
     """
+    if segments is not None:
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = same if mask is None else mask & same
     if implementation is None:
         live = jax.default_backend() == "gpu"
         fused = mask is None and live and cudnn_serves(q, jax.devices()[0])
@@ -123,12 +146,20 @@ def project_all(x: Array, project: Callable[[Array], Array]) -> Array:
     return project(x)
 
 
+def keep_scored(scored: Any, sums: Any) -> Any:
+    """What ``score`` returned, without what the layers of experts report."""
+    del sums
+    return scored
+
+
 def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     """Wrap a layer so that the backward pass recomputes what ``remat`` does not keep.
 
     ``none`` keeps every intermediate. ``full`` keeps only the layer's input and costs a
     second forward pass. ``dots`` also keeps the outputs of matmuls with weights (no batch
-    dim, so not attention's) and recomputes what is cheap.
+    dim, so not attention's) and recomputes what is cheap. ``save-attention`` keeps, besides the
+    input, what is named `ATTENTION`: the output of attention, and what its kernel needs to
+    differentiate it where that says so, so that neither it nor what it sent is repeated.
     """
     if remat == "none":
         return body
@@ -136,7 +167,10 @@ def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     # with the forward pass, so the barriers of prevent_cse would only block fusions.
     if remat == "full":
         return jax.checkpoint(body, prevent_cse=False)
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if remat == "save-attention":
+        policy = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    else:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
@@ -166,15 +200,26 @@ class Hooks:
 
     Attributes:
         constrain: (x, names of its dims, None for a dim that stays whole) → x.
+        reshard: (x, names of its dims, their names from here on) → x, where a region begins that
+            may split its dims otherwise.
         attention: as `dot_product`.
         look_up: as `take_rows`.
         score: as `project_all`; what it returns, the model returns. A loss taken in here never
             needs the logits of all positions at once.
-        run_layers: as `scan_layers`. Only ``body`` touches the parameters of a layer.
+        run_layers: as `scan_layers`. Only ``body`` touches the parameters of a layer. The first,
+            dense layers of a model with experts do not come this way.
+        experts: as `meshwright.models.experts.apply_experts`, which None stands for.
+        collect: (what ``score`` returned, the `meshwright.models.experts.ExpertSums` of all
+            layers) → what the model returns, as `keep_scored`. Called by models with experts only.
     """
 
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = constrain_nothing
+    reshard: Callable[[Array, tuple[str | None, ...], tuple[str | None, ...]], Array] = (
+        reshard_nothing
+    )
     attention: Callable[..., Array] = dot_product
     look_up: Callable[[Array, Array], Array] = take_rows
     score: Callable[[Array, Callable[[Array], Array]], Any] = project_all
     run_layers: Callable[[LayerBody, Any, Any, Remat], Any] = scan_layers
+    experts: Callable[..., Array] | None = None
+    collect: Callable[[Any, Any], Any] = keep_scored

@@ -6,6 +6,8 @@ function, not a table row, so that it can say its source and be read on its own.
 
 Padding is not added: `gpt2-124m` keeps its vocabulary of 50,257, which few axis sizes divide.
 Ask for another with `dataclasses.replace(config, vocab_size=50_304)` or the flag of that field.
+
+The sizes with experts are in `moe_sizes`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meshwright.models.config import ModelConfig
+from meshwright.models.moe_sizes import deepseek_moe_16b, mixtral_8x7b, qwen3_30b_a3b, tiny_moe
 from meshwright.sharding.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -239,6 +242,10 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "llama3-405b": llama3_405b,
     "qwen3-0.6b": qwen3_0_6b,
     "qwen3-8b": qwen3_8b,
+    "tiny-moe": tiny_moe,
+    "mixtral-8x7b": mixtral_8x7b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "deepseek-moe-16b": deepseek_moe_16b,
 }
 """The sizes by the name that `--model` takes."""
 

@@ -270,9 +270,9 @@ class FlagReader:
         if inside:
             return f"it is a group of flags: {', '.join(inside)}"
         path = re.sub(r"(^|\.)no-", r"\1", flag[2:]).replace("-", "_")
-        paths = near_fields(self.root, path)
-        near = [known for path in paths if (known := _flag(path)) in flags]
-        near += get_close_matches(flag, [option.flag for option in self.options])
+        near = get_close_matches(flag, [option.flag for option in self.options])
+        paths = [] if near and "." not in flag else near_fields(self.root, path)
+        near = [known for path in paths if (known := _flag(path)) in flags] + near
         if near:
             return f"did you mean {' or '.join(f'`{known}`' for known in near)}?"
         return f"see {self.prog} --help"

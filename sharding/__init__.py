@@ -51,9 +51,11 @@ if TYPE_CHECKING:
     from meshwright.sharding.rules import ShapeRule as ShapeRule
     from meshwright.sharding.rules import Table as Table
     from meshwright.sharding.strategies import Strategy as Strategy
+    from meshwright.sharding.strategies import context as context
     from meshwright.sharding.strategies import data as data
     from meshwright.sharding.strategies import fold as fold
     from meshwright.sharding.strategies import fsdp as fsdp
+    from meshwright.sharding.strategies import sequence as sequence
     from meshwright.sharding.strategies import tensor as tensor
     from meshwright.sharding.strategies import zero1 as zero1
     from meshwright.sharding.strategies import zero2 as zero2
@@ -94,6 +96,7 @@ __all__ = [
     "TopologyError",
     "analyze",
     "check_mesh",
+    "context",
     "data",
     "describe",
     "describe_optimizer",
@@ -105,6 +108,7 @@ __all__ = [
     "report_html",
     "report_json",
     "resolve",
+    "sequence",
     "shardings_of",
     "tensor",
     "zero1",
@@ -146,6 +150,7 @@ _MODULE_OF = {
     "TopologyError": "errors",
     "analyze": "analysis",
     "check_mesh": "decisions",
+    "context": "strategies",
     "data": "strategies",
     "describe": "dims",
     "describe_optimizer": "dims",
@@ -158,6 +163,7 @@ _MODULE_OF = {
     "report_json": "plan_json",
     "resolve": "decisions",
     "shardings_of": "placement",
+    "sequence": "strategies",
     "tensor": "strategies",
     "zero1": "strategies",
     "zero2": "strategies",

@@ -69,6 +69,39 @@ class Constrain:
         spec = resolve_dims(dims, x.shape, self.rules, MeshSpec.of(self.mesh), "activations")
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def reshard(
+        self, x: jax.Array, before: Sequence[str | None], after: Sequence[str | None]
+    ) -> jax.Array:
+        """Take an activation from one layout to another; its gradient goes the opposite way.
+
+        What `jax.lax.with_sharding_constraint` alone would not do: its transpose constrains the
+        gradient to the *new* layout, which sums partial gradients whole before they are split.
+
+        Args:
+            x: an activation.
+            before, after: names of its dims in the two layouts.
+        """
+        self.used.update(name for name in (*before, *after) if name)
+        mesh = MeshSpec.of(self.mesh)
+        specs = [
+            resolve_dims(dims, x.shape, self.rules, mesh, "activations") for dims in (before, after)
+        ]
+        if specs[0] == specs[1]:
+            return x
+        old, new = (NamedSharding(self.mesh, spec) for spec in specs)
+
+        @jax.custom_vjp
+        def moved(x: jax.Array) -> jax.Array:
+            # Held where it is first, so that what made it is not resharded instead.
+            held = jax.lax.with_sharding_constraint(x, old)
+            return jax.lax.with_sharding_constraint(held, new)
+
+        def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+            return (jax.lax.with_sharding_constraint(grad, old),)
+
+        moved.defvjp(lambda x: (moved(x), None), backward)
+        return moved(x)
+
     def without(self, axes: Sequence[str]) -> Constrain:
         """The same constraints with some axes left out of every rule.
 

@@ -86,6 +86,7 @@ class PlanFacts:
         gathers: by leaf, how often a step has to gather it, each layer counted.
         scattered: axes over which parameters are split, so gradients reduce-scattered.
         exchanged: leaves whose rows are meant to travel by all-to-all.
+        activations: (kind of collective, axis) that strategies move activations by.
         accumulates: the step has several microbatches.
         changing: paths of arguments whose type changes with their value.
     """
@@ -101,6 +102,7 @@ class PlanFacts:
     gathers: Mapping[str, int] = field(default_factory=dict)
     scattered: frozenset[str] = frozenset()
     exchanged: frozenset[str] = frozenset()
+    activations: frozenset[tuple[str, str]] = frozenset()
     accumulates: bool = False
     changing: Sequence[str] = ()
 
@@ -166,7 +168,12 @@ def _float32(facts: PlanFacts) -> Iterator[PlanWarning]:
     """Forward and backward traffic at twice the bytes of the compute dtype."""
     if facts.compute_itemsize >= 4:
         return
-    wide = [c for c in facts.collectives if c.dtype == "f32" and c.phase != "update"]
+    wide = [
+        c
+        for c in facts.collectives
+        # Gradients of keys that collect round a ring are rounded once, at home.
+        if c.dtype == "f32" and c.phase != "update" and not _asked_for(facts, c)
+    ]
     for group in _grouped(wide):
         wire = sum(c.wire_bytes for c in group)
         if wire > facts.small_wire_bytes:
@@ -183,9 +190,12 @@ def _float32(facts: PlanFacts) -> Iterator[PlanWarning]:
 
 
 def _undeclared(facts: PlanFacts) -> Iterator[PlanWarning]:
-    """Gathers of activations, and all-to-alls but for those of an embedding's rows."""
+    """Gathers and all-to-alls of activations that no strategy asks for, less those of an
+    embedding's rows."""
 
     def declared(found: Collective) -> bool:
+        if _asked_for(facts, found):
+            return True
         if found.kind == "all-to-all":
             return found.leaf in facts.exchanged
         return not (found.kind == "all-gather" and found.leaf.startswith("activations"))
@@ -203,6 +213,10 @@ def _undeclared(facts: PlanFacts) -> Iterator[PlanWarning]:
                 cost_seconds=_seconds(facts, first, wire),
                 fix="constrain the array there, so that its layout does not change",
             )
+
+
+def _asked_for(facts: PlanFacts, found: Collective) -> bool:
+    return all((found.kind, axis) in facts.activations for axis in found.axes) and bool(found.axes)
 
 
 def _emulated(facts: PlanFacts) -> Iterator[PlanWarning]:

@@ -52,10 +52,24 @@ STANDARD_DIMS = {
         "kv_heads",
         "head_dim",
         "mlp",
+        "experts",
     ),
-    "activations": ("batch", "length", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"),
+    "activations": (
+        "batch",
+        "length",
+        "sequence",
+        "vocab",
+        "embed",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "mlp",
+    ),
 }
-"""The dim names the strategies know; gradients and optimizer have those of the parameters."""
+"""The dim names the strategies know; gradients and optimizer have those of the parameters.
+
+Of an activation's tokens, ``length`` is the dim where heads, MLP or vocabulary may be split, and
+``sequence`` the same dim between those regions: in the residual stream and its norms."""
 
 STANDARD = "standard vocabulary"
 """Source of the rules every table starts with."""

@@ -6,6 +6,8 @@ strategy       axis       what it writes
 `data`         data       activations: batch
 `fsdp`         fsdp       params, gradients, optimizer: embed; activations: batch  (ZeRO-3)
 `tensor`       tensor     params, gradients, optimizer, activations: vocab heads kv_heads mlp
+`sequence`     tensor     activations: sequence
+`context`      context    activations: length, sequence
 `zero1`        data       optimizer: embed
 `zero2`        data       optimizer, gradients: embed
 =============  =========  ===============================================================
@@ -30,7 +32,18 @@ from typing import Literal
 from meshwright.sharding.errors import RulesError
 from meshwright.sharding.rules import Rules, ShapeRule, Table
 
-__all__ = ["SMALL_LEAF_BYTES", "Strategy", "data", "fold", "fsdp", "tensor", "zero1", "zero2"]
+__all__ = [
+    "SMALL_LEAF_BYTES",
+    "Strategy",
+    "context",
+    "data",
+    "fold",
+    "fsdp",
+    "sequence",
+    "tensor",
+    "zero1",
+    "zero2",
+]
 
 Strategy = Callable[[Rules], Rules]
 
@@ -123,6 +136,52 @@ def tensor(
     return apply
 
 
+def sequence(axis: str = "tensor") -> Strategy:
+    """Sequence parallelism: between the regions that `tensor` splits, tokens split over its axis.
+
+    The residual stream and its norms hold 1/t of the tokens of a row. Each of `tensor`'s
+    all-reduces becomes an all-gather where a region begins and a reduce-scatter where it ends: the
+    same 8ρA a layer and microbatch, and activations kept for the backward pass are a t-th
+    (Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, 2022). With
+    full recomputation 11ρA, the gathers being repeated. Fold it after `tensor`.
+
+    Raises:
+        RulesError: on folding, where ``axis`` has no `tensor`.
+    """
+
+    def apply(rules: Rules) -> Rules:
+        if ("tensor", axis) not in rules.strategies:
+            raise RulesError(
+                f"cannot fold sequence() over axis `{axis}`",
+                where="folded so far: "
+                + (", ".join(f"{n}({a})" for n, a in rules.strategies) or "nothing"),
+                why="it splits tokens between the regions of tensor(), over the same axis",
+                fix=f"fold tensor('{axis}') before it, or leave sequence() out",
+            )
+        rules = _enter(rules, "sequence", axis)
+        return rules.split("activations", "sequence", axis, "sequence()")
+
+    return apply
+
+
+def context(axis: str = "context") -> Strategy:
+    """Context parallelism: the length of each row split over ``axis``, parameters whole.
+
+    Everything but attention treats tokens alone, so a device works on its own tokens, as under
+    `data`, and gradients are summed over the axis: 2ρβ_gΨ a step. Attention mixes them, in one of
+    three ways (`meshwright.train.context`): keys and values go round a ring, are gathered, or
+    heads are exchanged for tokens.
+    """
+
+    def apply(rules: Rules) -> Rules:
+        rules = _enter(rules, "context", axis)
+        for dim in ("length", "sequence"):
+            rules = rules.split("activations", dim, axis, "context()")
+        return _undeclared(rules, (), "context()", ("params", "gradients", "optimizer"))
+
+    return apply
+
+
 def zero1(
     axis: str = "data", *, dims: Sequence[str] = ("embed",), min_bytes: int = SMALL_LEAF_BYTES
 ) -> Strategy:
@@ -163,12 +222,13 @@ def _zero(
 def _enter(rules: Rules, name: str, axis: str) -> Rules:
     """Record a strategy, refusing one whose axis is taken.
 
-    An axis has one main strategy; a ZeRO stage may join `data` on it, nothing else.
+    An axis has one main strategy; a ZeRO stage may join `data` or `context` on it and `sequence`
+    joins `tensor`, nothing else.
     """
     for other, taken in rules.strategies:
-        alike = _is_zero(name) == _is_zero(other)
+        joins = _is_zero(name) != _is_zero(other) or (other, name) == ("tensor", "sequence")
         already_split = "fsdp" in (name, other)
-        if taken == axis and (alike or already_split):
+        if taken == axis and (already_split or not joins):
             folded = ", ".join(f"{n}({a})" for n, a in rules.strategies)
             raise RulesError(
                 f"cannot fold {name}() over axis `{axis}` into these rules",

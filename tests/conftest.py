@@ -44,3 +44,20 @@ def devices() -> list[Any]:
     found = jax.devices()
     assert len(found) == DEVICES, f"the backend started before conftest: {found}"
     return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-compositions",
+        action="store_true",
+        help="also hold compositions of three and four parallelisms against one device",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-compositions"):
+        return
+    skip = pytest.mark.skip(reason="three and four axes at once run with --all-compositions")
+    for item in items:
+        if item.get_closest_marker("every_composition"):
+            item.add_marker(skip)

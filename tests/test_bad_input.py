@@ -97,7 +97,7 @@ def assert_refused(runs: Runs, words: str, message: str, code: int = 2) -> None:
         ("--mesh data=4,tensor=4", "4 × 4 = 16 is not 8\n.*data=2,tensor=4 or data=4,tensor=2"),
         ("--mesh data=3,fsdp=-1", "3 = 3 does not divide 8"),
         ("--mesh data=2 --topology cpu:3", "cpu:3 has 3 devices; .*\n.*--topology cpu:2"),
-        ("--mesh context=8", "mesh axis `context`\n.*\n.*no strategy in this version"),
+        ("--mesh stage=8", "mesh axis `stage`\n.*\n.*no strategy in this version"),
         ("--topology cpu:16", "backend already started in this process with 8\n.*use cpu:8"),
         ("--topology cpu:0", "at least 1"),
         ("--topology gpu:8", "`gpu` is not a chip"),
@@ -141,8 +141,17 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
         ("--grad-accum 4", "each microbatch has 2 rows .* = 4 parts\n.*--batch-size 16"),
         (
             "--seq-len 33 --rules activations.length=fsdp --rules activations.batch=data",
-            "33 is not divisible by 2.*\n.*--seq-len 32 or 34",
+            "33 is not divisible by 4 .2 blocks a device.\n.*--seq-len 32 or 36",
         ),
+        # Rows whose length is split, and what goes with them.
+        ("--mesh context=8 --seq-len 24", "24 is not divisible by 16 .*\n.*rows of 16 or 32 tokens"),
+        (
+            "--mesh data=2,context=4 --context.kind ulysses --model.heads 2 --model.kv-heads 2",
+            "exchange 2 query heads .*\n.*\n.*not divisible by 4\n.*use context of 1, 2, or",
+        ),
+        ("--mesh fsdp=8 --context.kind ulysses", "context.kind=ulysses\n.*\n.*there is none"),
+        ("--mesh fsdp=8 --sequence", "sequence=True\n.*\n.*tensor axis, and there is none"),
+        ("--mesh fsdp=4,context=2 --model tiny-moe", "row by row"),
         # An axis used twice.
         (
             "--mesh fsdp=8 --rules params.mlp=fsdp",

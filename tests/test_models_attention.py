@@ -23,7 +23,7 @@ from meshwright.models.layers import Init
 SMALL = dataclasses.replace(named("tiny"), layers=1, embed=32, heads=4, kv_heads=2, head_dim=8)
 
 
-_attend = jax.jit(functools.partial(dot_product, mask=None, causal=True, scale=0.3))
+_attend = jax.jit(functools.partial(dot_product, causal=True, scale=0.3))
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:
@@ -99,13 +99,13 @@ def test_a_cache_filled_in_pieces_gives_the_whole() -> None:
 
     @jax.jit
     def whole(x: jax.Array, positions: jax.Array) -> jax.Array:
-        shared = Shared(Hooks(), rotation(SMALL, positions), None, True, "length")
+        shared = Shared(Hooks(), rotation(SMALL, positions), None, None, True, "length")
         return attention(x, shared)[0]
 
     @jax.jit
     def piece(x: jax.Array, at: jax.Array, cache: Cache) -> tuple[jax.Array, Cache | None]:
         mask = (jnp.arange(8)[None, None] <= at[:, :, None])[:, None]
-        return attention(x, Shared(Hooks(), rotation(SMALL, at), mask, False, None), cache)
+        return attention(x, Shared(Hooks(), rotation(SMALL, at), None, mask, False, None), cache)
 
     x, positions = _normal(1, 2, 6, 32), np.arange(6)[None]
     cache, pieces = Cache.empty(SMALL, 2, 8, jnp.dtype(jnp.float32)), []

@@ -260,24 +260,33 @@ def test_layouts_are_asked_for_in_order() -> None:
         dtypes.append(x.dtype)
         return x
 
+    def reshard(x: jax.Array, before: tuple[Any, ...], after: tuple[Any, ...]) -> jax.Array:
+        assert before == ("batch", "sequence", "embed") and after == ("batch", "length", "embed")
+        return constrain(x, after)
+
     model = functional(FAMILIES["llama"])
     half = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), model.shapes)
-    jax.eval_shape(lambda p: model.apply(p, TOKENS, hooks=Hooks(constrain=constrain)), half)
-    stream = (("batch", "length", "embed"), (2, 16, 32))
+    jax.eval_shape(
+        lambda p: model.apply(p, TOKENS, hooks=Hooks(constrain=constrain, reshard=reshard)), half
+    )
+    stream = (("batch", "sequence", "embed"), (2, 16, 32))
     queries = (("batch", "length", "heads", "head_dim"), (2, 16, 4, 8))
     keys = (("batch", "length", "kv_heads", "head_dim"), (2, 16, 2, 8))
     hidden = (("batch", "length", "mlp"), (2, 16, 48))
     logits = (("batch", "length", "vocab"), (2, 16, 64))
+    read = (("batch", "length", "embed"), (2, 16, 32))
     # One layer is traced, however many there are.
-    assert seen == [stream, queries, keys, keys, queries, stream, hidden, stream, logits]
-    assert dtypes == [jnp.bfloat16] * 8 + [jnp.float32]
+    attended = [read, queries, keys, keys, queries, stream]
+    assert seen == [stream, *attended, read, hidden, stream, read, logits]
+    assert dtypes == [jnp.bfloat16] * 11 + [jnp.float32]
 
 
-def test_a_mask_is_built_for_segments_only() -> None:
-    masks: list[Any] = []
+def test_documents_reach_attention_as_they_are() -> None:
+    """As ids, not as a mask: what splits the length of rows has no use for one."""
+    seen: list[dict[str, Any]] = []
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-        masks.append((options["mask"], options["causal"], options["scale"]))
+        seen.append(options)
         return q
 
     config = FAMILIES["llama"]
@@ -285,9 +294,10 @@ def test_a_mask_is_built_for_segments_only() -> None:
     jax.eval_shape(apply, functional(config).shapes, TOKENS)
     segments = jnp.zeros((2, 16), jnp.int32)
     jax.eval_shape(apply, functional(config).shapes, TOKENS, segments=segments)
-    (mask, causal, scale), (masked, also_causal, _) = masks
-    assert mask is None and causal and also_causal and scale == 8**-0.5
-    assert masked.shape == (2, 1, 16, 16) and masked.dtype == bool
+    plain, packed = seen
+    assert plain["segments"] is None and plain["causal"] and plain["scale"] == 8**-0.5
+    assert plain["mask"] is None and packed["mask"] is None and packed["causal"]
+    assert packed["segments"].shape == (2, 16) and packed["segments"].dtype == jnp.int32
 
 
 def test_the_module_and_the_functions_are_one_model() -> None:

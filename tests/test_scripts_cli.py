@@ -32,20 +32,24 @@ CONTRACT = (
 )
 
 # A flag that goes or changes its name breaks somebody's script: change this list on purpose.
-FLAGS = """
---accumulate --batch-size --checkpoint-every --compilation-cache --data.cache
---data.heldout-fraction --data.mask-documents --data.path --data.tokenizer --dtype
+FLAGS = """\
+--accumulate --batch-size --checkpoint-every --compilation-cache --context.kind --context.order
+--data.cache --data.heldout-fraction --data.mask-documents --data.path --data.tokenizer --dtype
 --eval-batches --eval-every --grad-accum --guard.max-bad-steps --guard.spike-factor --keep-best
---keep-last --log-every --loss.chunks --loss.label-smoothing --loss.z-loss --mesh --model.activation
---model.bias --model.embed --model.head-dim --model.heads --model.init-std --model.kv-heads
---model.layers --model.max-length --model.mlp --model.norm --model.norm-eps --model.positions
---model.qk-norm --model.remat --model.rope-factor --model.rope-high-freq-factor
---model.rope-low-freq-factor --model.rope-original-length --model.rope-theta --model.tied
---model.vocab-size --optimizer.b1 --optimizer.b2 --optimizer.clip-norm
---optimizer.decay-fraction --optimizer.eps --optimizer.final-fraction --optimizer.learning-rate
---optimizer.momentum --optimizer.name --optimizer.schedule --optimizer.warmup-steps
---optimizer.weight-decay --out --profile-steps --resume --rules --sample-prompt --sample-tokens
---seed --seq-len --steps --tensorboard --topology --zero
+--keep-last --log-every --loss.chunks --loss.label-smoothing --loss.z-loss --mesh
+--model.activation --model.bias --model.embed --model.experts.balance
+--model.experts.balance-weight --model.experts.capacity-factor --model.experts.count
+--model.experts.first-dense --model.experts.mlp --model.experts.normalise --model.experts.scoring
+--model.experts.shared --model.experts.top-k --model.experts.z-weight --model.head-dim
+--model.heads --model.init-std --model.kv-heads --model.layers --model.max-length --model.mlp
+--model.norm --model.norm-eps --model.positions --model.qk-norm --model.remat --model.rope-factor
+--model.rope-high-freq-factor --model.rope-low-freq-factor --model.rope-original-length
+--model.rope-theta --model.tied --model.vocab-size --optimizer.b1 --optimizer.b2
+--optimizer.clip-norm --optimizer.decay-fraction --optimizer.eps --optimizer.final-fraction
+--optimizer.learning-rate --optimizer.momentum --optimizer.name --optimizer.schedule
+--optimizer.warmup-steps --optimizer.weight-decay --out --profile-steps --resume --rules
+--sample-prompt --sample-tokens --seed --seq-len --sequence --steps --tensorboard --topology
+--zero
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -164,7 +168,7 @@ def test_a_file_may_be_right_only_with_the_flags(tmp_path: Path) -> None:
         ("--lr 3", "see meshwright train --help"),
         ("--optimizer muon", "group of flags: --optimizer.name, "),
         ("--model.name tiny", "write --model NAME"),
-        ("--model tinny", "did you mean `tiny`?"),
+        ("--model tinny", "did you mean `tiny` or `tiny-moe`?"),
         ("--model tiny --model=tiny", "`--model` is given twice"),
         ("--config a --config b", "`--config` is given twice"),
         ("--model", "`--model` has no value\n  fix:   write --model NAME"),

@@ -197,7 +197,7 @@ def test_gpu_plans_use_cudnn_only_where_its_wheel_is(
     mesh: Any = type("M", (), {"devices": np.array([Described()])})
     attend = attention_of(mesh, RULES)
     q, k, v = (x.astype(jnp.bfloat16) for x in operands())
-    attend(q, k, v, mask=None, causal=True, scale=SCALE)
+    attend(q, k, v, causal=True, scale=SCALE)
     attend(q, k, v, mask=jnp.ones((2, 1, 128, 128), bool), causal=True, scale=SCALE)
-    attend(*operands(), mask=None, causal=True, scale=SCALE)
+    attend(*operands(), causal=True, scale=SCALE)
     assert asked == ["cudnn" if wheel else "xla", "xla", "xla"]

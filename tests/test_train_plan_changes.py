@@ -38,11 +38,11 @@ def proposed(run: TrainConfig) -> dict[str, TrainConfig]:
 
 def test_single_changes_come_first() -> None:
     flags = list(proposed(run_of()))
-    assert flags[:2] == ["--model.remat dots", "--model.remat full"]
-    assert flags[2:6] == [f"--grad-accum {n} --accumulate sharded" for n in (2, 4, 8, 16)]
-    assert flags[6:8] == ["--zero 1", "--zero 2"]
-    assert flags[8:10] == ["--mesh fsdp=16", "--mesh fsdp=8,tensor=2"]
-    assert not [words for words in flags[:11] if "remat" in words and "mesh" in words]
+    assert flags[:3] == [f"--model.remat {word}" for word in ("dots", "save-attention", "full")]
+    assert flags[3:7] == [f"--grad-accum {n} --accumulate sharded" for n in (2, 4, 8, 16)]
+    assert flags[7:9] == ["--zero 1", "--zero 2"]
+    assert flags[9:11] == ["--mesh fsdp=16", "--mesh fsdp=8,tensor=2"]
+    assert not [words for words in flags[:12] if "remat" in words and "mesh" in words]
     assert "--model.remat full --mesh fsdp=16" in flags
 
 

@@ -177,7 +177,7 @@ def test_indivisible_length_is_refused() -> None:
     rules = ("activations.length=tensor", "activations.heads=none", "activations.kv_heads=none")
     rules += ("activations.mlp=none", "activations.vocab=none")
     bad = replace(config(), mesh="data=2,tensor=4", rules=rules, seq_len=18)
-    with pytest.raises(PlacementError, match="18 is not divisible by 4"):
+    with pytest.raises(PlacementError, match="18 is not divisible by 8 .2 blocks a device"):
         program_of(bad).lower_step()
 
 

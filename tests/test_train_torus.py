@@ -60,12 +60,14 @@ def test_simulated_and_absent_devices_have_no_torus() -> None:
     assert Torus.of(AbstractMesh((8,), ("fsdp",), axis_types=auto)).rings == {}
 
 
-@pytest.mark.parametrize("rings", [(2, 2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("tile", [(2, 4), (8, 128)], ids=["tiles", "plain"])
+@pytest.mark.parametrize("rings", [(8,), (2, 2, 2), (2, 4), (4, 2)])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_parts_give_what_the_whole_gives(
-    monkeypatch: pytest.MonkeyPatch, rings: tuple[int, ...], dim: int
+    monkeypatch: pytest.MonkeyPatch, rings: tuple[int, ...], dim: int, tile: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(torus, "_SHORT", 1)
+    monkeypatch.setattr(torus, "_TILE", tile)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     split = PartitionSpec(*[None] * dim, "fsdp")
     x = jax.random.normal(jax.random.key(0), (8, 16, 16))
@@ -90,7 +92,8 @@ def test_parts_give_what_the_whole_gives(
 
 def on_torus(monkeypatch: pytest.MonkeyPatch, rings: tuple[int, ...]) -> None:
     monkeypatch.setattr(torus, "_SHORT", 1)
-    monkeypatch.setattr(Torus, "of", classmethod(lambda cls, mesh: cls({"fsdp": rings})))
+    monkeypatch.setattr(torus, "_TILE", (2, 4))
+    monkeypatch.setattr(torus, "_torus_of", lambda mesh: Torus({"fsdp": rings}))
 
 
 CASES = [

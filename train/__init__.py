@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from meshwright.train.loss import token_loss_sum as token_loss_sum
     from meshwright.train.plan import Plan as Plan
     from meshwright.train.program import Program as Program
+    from meshwright.train.replicas import Batch as Batch
     from meshwright.train.run import run_training as run_training
     from meshwright.train.state import TrainState as TrainState
-    from meshwright.train.step import Batch as Batch
     from meshwright.train.step import StepSpec as StepSpec
     from meshwright.train.step import train_step as train_step
 
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Batch": "step",
+    "Batch": "replicas",
     "Estimate": "estimate",
     "Layout": "layout",
     "Plan": "plan",

@@ -32,9 +32,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from meshwright.models.hooks import cudnn_serves, dot_product
+from meshwright.models.hooks import ATTENTION, cudnn_serves, dot_product
 from meshwright.sharding.rules import Rules
+from meshwright.sharding.token_layout import ContextKind
 from meshwright.train.config import TrainConfig
+from meshwright.train.context import ContextAttention
+from meshwright.train.replicas import Replicas
 
 __all__ = ["attention_of", "has_cudnn_wheel", "kernel_of", "splash_attention"]
 
@@ -42,14 +45,27 @@ _LANES = 128  # the kernel's smallest block of queries or keys
 _BLOCK = 512  # its blocks where the length allows; a compromise of on-chip memory and reuse
 
 
-def attention_of(mesh: Mesh, rules: Rules, *, interpret: bool = False) -> Callable[..., jax.Array]:
+def attention_of(
+    mesh: Mesh,
+    rules: Rules,
+    replicas: Replicas | None = None,
+    kind: ContextKind = "ring",
+    *,
+    interpret: bool = False,
+) -> Callable[..., jax.Array]:
     """The attention hook for a mesh: as `meshwright.models.hooks.dot_product`.
 
     Args:
         mesh: built mesh; its devices decide the kernel.
         rules: the ``activations`` table says how rows and heads are split.
+        replicas: what the caller has mapped over; where they split the length of rows, attention
+            crosses their axes.
+        kind: how it does; see `meshwright.train.context`.
         interpret: run the TPU kernel in Pallas's interpreter, for tests on CPU devices.
     """
+    if replicas is not None and replicas.length:
+        inside = attention_of(mesh, rules, interpret=interpret)
+        return ContextAttention(replicas, kind, rules, inside)
     device = mesh.devices.flat[0]
     if interpret or device.platform == "tpu":
         specs = [_spec(rules, heads) for heads in ("heads", "kv_heads")]
@@ -61,7 +77,8 @@ def attention_of(mesh: Mesh, rules: Rules, *, interpret: bool = False) -> Callab
 
 
 def _by_platform(q: jax.Array, k: jax.Array, v: jax.Array, *, device: Any, **how: Any) -> jax.Array:
-    fused = how["mask"] is None and _has_cudnn(device) and cudnn_serves(q, device)
+    unmasked = how.get("mask") is None and how.get("segments") is None
+    fused = unmasked and _has_cudnn(device) and cudnn_serves(q, device)
     return dot_product(q, k, v, **how, implementation="cudnn" if fused else "xla")
 
 
@@ -77,9 +94,18 @@ def has_cudnn_wheel() -> bool:
 
 
 def kernel_of(
-    config: TrainConfig, rules: Rules, kind: str
-) -> Literal["splash", "cudnn", "matmuls"]:
-    """The kernel a run uses on a family of hardware (`Topology.kind`); no jax devices needed."""
+    config: TrainConfig, rules: Rules, kind: str, context: int = 1
+) -> Literal["splash", "cudnn", "matmuls", "ring", "gather"]:
+    """The kernel a run uses on a family of hardware (`Topology.kind`); no jax devices needed.
+
+    Args:
+        config, rules: of the run.
+        kind: of hardware.
+        context: parts that the length of rows is split into. Ring and gathered keys are attended
+            to in chunks, whose scores are never all in memory.
+    """
+    if context > 1 and config.context.kind != "ulysses":
+        return config.context.kind
     if config.data.mask_documents:
         return "matmuls"
     head_dim = config.model.head_dim
@@ -95,9 +121,10 @@ def splash_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    mask: jax.Array | None,
     causal: bool,
     scale: float,
+    segments: jax.Array | None = None,
+    mask: jax.Array | None = None,
     mesh: Mesh,
     split: PartitionSpec,
     interpret: bool = False,
@@ -105,7 +132,7 @@ def splash_attention(
     """Causal attention with the TPU's splash kernel on each device's rows and heads.
 
     Args:
-        q, k, v, mask, causal, scale: as `meshwright.models.hooks.dot_product`.
+        q, k, v, causal, scale, segments, mask: as `meshwright.models.hooks.dot_product`.
         mesh: built mesh.
         split: how [B, T, N, H] is laid out; rows and heads may be split.
         interpret: see `attention_of`.
@@ -114,8 +141,10 @@ def splash_attention(
         [B, T, N, H]. Calls the kernel does not serve are computed with matmuls.
     """
     length = q.shape[1]
-    if mask is not None or not causal or length % _LANES or k.shape[1] != length:
-        return dot_product(q, k, v, mask=mask, causal=causal, scale=scale, implementation="xla")
+    masked = segments is not None or mask is not None
+    if masked or not causal or length % _LANES or k.shape[1] != length:
+        how: dict[str, Any] = {"causal": causal, "scale": scale, "segments": segments, "mask": mask}
+        return dot_product(q, k, v, **how, implementation="xla")
     block = math.gcd(length, _BLOCK)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -147,7 +176,12 @@ def _kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
         block_kv_dq=block,
     )
     return splash.make_splash_mha(
-        causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        causal,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
 
 

@@ -234,9 +234,7 @@ def _attention(watch: Stopwatch, until: float, say: Callable[[str], None]) -> At
     if device.platform == "gpu" and cudnn_serves(q, device):
         kernel = "cudnn"
     mesh = Mesh(np.asarray([device]), ("data",))
-    attend = functools.partial(
-        attention_of(mesh, Rules()), mask=None, causal=True, scale=head_dim**-0.5
-    )
+    attend = functools.partial(attention_of(mesh, Rules()), causal=True, scale=head_dim**-0.5)
     work = 2 * batch * heads * length**2 * head_dim
     guess = work / (_GUESSED_FLOPS["cpu"] if simulated else 1e13)
     budget = (until - time.perf_counter()) / 2

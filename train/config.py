@@ -24,11 +24,13 @@ from meshwright.models.config import ModelConfig, named
 from meshwright.sharding.errors import ConfigError, RulesError, did_you_mean
 from meshwright.sharding.mesh import AXES, MeshSpec
 from meshwright.sharding.rules import Rules, Table
+from meshwright.sharding.token_layout import ContextKind, TokenLayout
 from meshwright.sharding.topology import Topology
 
 __all__ = [
     "HYPERPARAMETERS",
     "Accumulate",
+    "ContextConfig",
     "DataConfig",
     "Dtype",
     "GuardConfig",
@@ -170,6 +172,22 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class ContextConfig:
+    """How attention crosses the context axis, over which the length of rows is split."""
+
+    kind: ContextKind = "ring"
+    """ring: keys and values go round, one block at a time in memory. gather: all of them on every
+    device. ulysses: heads are exchanged for tokens and back; needs heads that the axis divides."""
+    order: TokenLayout = "zigzag"
+    """Which tokens a device has. zigzag and striped give all devices the same work under a causal
+    mask, contiguous the last one nearly twice the mean."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "context.kind", ContextKind)
+        _check_choice(self, "context.order", TokenLayout)
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """When an update is skipped, and when the run gives up."""
 
@@ -222,6 +240,10 @@ class TrainConfig:
     accumulate: Accumulate = "whole"
     """With grad_accum over 1. whole: gradients cross the data axes once a step and each device
     holds its whole sum. sharded: once a microbatch, into shards; less memory, more traffic."""
+    sequence: bool = False
+    """Split tokens over the tensor axis too, between the regions that it splits."""
+    context: ContextConfig = field(default_factory=ContextConfig)
+    """How attention crosses the context axis."""
     rules: tuple[str, ...] = ()
     """A rule put before those of the strategies, such as params.mlp=tensor or, in all tables,
     vocab=none; axes are joined by +. Repeat the flag for more."""

@@ -321,7 +321,11 @@ def _named_model(nested: Mapping[str, Any], file: str) -> dict[str, Any]:
             why=f"a model of your own gives {', '.join(missing)} as well",
             fix=did_you_mean(name, MODELS),
         )
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {
+        name: tree(value) if dataclasses.is_dataclass(value) else value
+        for name, value in defaults.items()
+    }
 
 
 def _build(cls: Any, values: Mapping[str, Any]) -> Any:

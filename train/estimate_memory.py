@@ -111,7 +111,8 @@ def state_of(placement: Placement, itemsize: int) -> StateBytes:
             working += itemsize * group.elements // parts(held)
     optimizer = sum([4 * group.elements // parts(axes) for group, axes in placement.moments])
     arrays = 5 if config.data.mask_documents else 3
-    batch = arrays * 4 * placement.tokens * config.grad_accum
+    # Rows are placed whole; a context axis splits them in the step.
+    batch = arrays * 4 * placement.rows * config.seq_len * config.grad_accum
     return StateBytes(parameters, working, gradients, optimizer, batch)
 
 
@@ -210,13 +211,17 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
     embed = tokens * model.embed * itemsize
     return _Sizes(
         stream=embed,
-        inputs=model.layers * embed,
+        inputs=model.layers * embed / split("sequence"),
         kept=model.layers * tokens * kept,
-        hidden=tokens * model.mlp / split("mlp") * itemsize,
+        hidden=tokens * model.active_mlp / split("mlp") * itemsize,
         scores=tokens * length * model.heads / split("heads"),
         logits=tokens * model.vocab_size / split("vocab"),
         layer=layer,
-        mlp_weight=model.embed * model.mlp / split("mlp") * itemsize,
+        mlp_weight=model.embed
+        * max(1, model.experts.count)
+        * model.expert_mlp
+        / split("mlp")
+        * itemsize,
         table=model.embed * model.vocab_size / split("vocab") * itemsize,
         layers_gradients=layers_gradients,
         head_gradient=head_gradient,
@@ -317,7 +322,7 @@ def _last_dim_masters(placement: Placement) -> float:
     for group, masters, *_ in placement.groups:
         names = {name for name, _ in group.dims}
         if group.layered and {"embed", "mlp"} <= names or {"embed", "heads"} <= names:
-            own = model.mlp if "mlp" in names else queries
-            one = model.layers * model.embed * own
+            own = dict(group.dims)["mlp"] if "mlp" in names else queries
+            one = model.layers * model.embed * own * dict(group.dims).get("experts", 1)
             total += 4 * one / placement.parts(masters)
     return total

@@ -29,7 +29,17 @@ __all__ = ["Axes", "PlacedGroup", "Placement", "place"]
 Axes = tuple[str, ...]
 """Mesh axes, in mesh order where they come from a `Placement`."""
 
-_ACTIVATION_DIMS = ("batch", "length", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab")
+_ACTIVATION_DIMS = (
+    "batch",
+    "length",
+    "sequence",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+)
 
 
 class PlacedGroup(NamedTuple):
@@ -76,7 +86,7 @@ class Placement:
         sizes: of the mesh's axes, in mesh order.
         groups: weights with their axes; axes of size 1 left out.
         moments: the optimizer's state: (group, axes).
-        activations: axes by activation dim.
+        activations: axes by activation dim; of ``sequence`` those besides the length's.
         token_axes: axes that split rows or their length.
         deferred: axes whose gradients stay partial sums until the end of the step.
         exchanged: axes that split the embedding's columns, where rows are looked up by exchange
@@ -155,12 +165,15 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         ]
     )
     activations = {dim: kept(axes) for dim, axes in names.activations.items()}
+    length = activations["length"]
+    activations["sequence"] = tuple(a for a in activations["sequence"] if a not in length)
     state = _moment_axes(config.optimizer, model, rules)
     rows = config.batch_size // config.grad_accum
     parts = [math.prod([sizes[axis] for axis in activations[dim]]) for dim in ("batch", "length")]
     deferred = kept(names.deferred) if many else ()
     exchanged = names.columns if names.columns == kept(names.columns) else ()
-    if set(exchanged) & set(deferred) or rows // parts[0] * config.seq_len >= model.vocab_size:
+    local = config.batch_size // config.grad_accum // parts[0] * (config.seq_len // parts[1])
+    if set(exchanged) & set(deferred) or local >= model.vocab_size:
         exchanged = ()  # `Weights.exchange_for`: a table of fewer rows than tokens is gathered
     return Placement(
         config=config,
@@ -196,7 +209,7 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
         copied, gathered = set(working) != set(masters), compute != working
         roles = (masters, working, compute, reduced if many else masters, partial)
         groups.append(PlacedGroup(group, *roles, copied, gathered))
-    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "mlp": model.mlp}
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "mlp": model.expert_mlp}
     sizes |= {"embed": model.embed, "vocab": model.vocab_size, "head_dim": model.head_dim}
     for dim, size in sizes.items():
         if activations[dim]:
@@ -204,7 +217,7 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
     accumulated = {
         axis for group in groups_of(model) for axis in _group_axes(group, rules, "gradients")
     }
-    deferred = tuple(axis for axis in activations["batch"] if axis not in accumulated)
+    deferred = tuple(axis for axis in tokens if axis not in accumulated)
     columns = () if model.tied else _columns(groups, rules)
     return _Names(tuple(groups), activations, tokens, deferred, columns, tuple(checks))
 

@@ -104,10 +104,11 @@ def work_of(placement: Placement, *, itemsize: int, fused_attention: bool, kind:
     model, layers = config.model, config.model.layers
     tokens = placement.tokens * config.grad_accum
     forward, attention, last, head = _token_flops(placement, fused_attention, kind)
-    again = {"full": forward - last, "dots": 0.0, "none": 0.0}[model.remat]
+    again = forward - last if model.remat in ("full", "save-attention") else 0.0
     matmuls = tokens * (layers * (3 * forward + again) + 3 * head)
     # Forward, backward, and the forward pass once more where it is not kept.
-    times = 1 + (_FUSED_BACKWARD[kind] if fused_attention else 2) + (model.remat != "none")
+    kept = model.remat == "none" or (model.remat == "save-attention" and fused_attention)
+    times = 1 + (_FUSED_BACKWARD[kind] if fused_attention else 2) + (not kept)
     kernel = tokens * layers * attention * times
     traffic = _memory_traffic(placement, itemsize, fused_attention, kind)
     if fused_attention:
@@ -137,7 +138,7 @@ def _token_flops(placement: Placement, fused: bool, kind: str) -> tuple[float, f
     embed, gated = model.embed, model.activation == "swiglu"
     queries = model.heads * model.head_dim / placement.split("heads")
     keys = model.kv_heads * model.head_dim / placement.split("kv_heads")
-    mlp = model.mlp / placement.split("mlp")
+    mlp = model.active_mlp / placement.split("mlp")
     last = 2 * embed * mlp
     projections = 4 * embed * (queries + keys) + last * (3 if gated else 2)
     seen = min(length, (length + _BLOCK[kind]) / 2) if fused else length
@@ -161,8 +162,10 @@ def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str)
         weights += 2 * 4 * group.elements / placement.parts(axes)
     queries = model.heads * model.head_dim / placement.split("heads")
     keys = 2 * model.kv_heads * model.head_dim / placement.split("kv_heads")
-    inner = queries + keys + model.mlp / placement.split("mlp")
-    again = 4 / 3 if model.remat == "full" else 1.0  # one forward pass more than three passes
+    inner = queries + keys + model.active_mlp / placement.split("mlp")
+    again = (
+        4 / 3 if model.remat in ("full", "save-attention") else 1.0
+    )  # one forward pass more than three passes
     token = again * (passes.stream * model.embed + passes.inner * inner) * itemsize
     token += passes.kept * _kept_bytes(placement, itemsize, fused, kind)
     if not fused:

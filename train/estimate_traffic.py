@@ -16,7 +16,10 @@ that no accumulator is split over are put off to the end of a step with several 
 cross once, in float32, the accumulators' dtype.
 
 **Activations** cross the axes that split heads, MLP and vocabulary: see
-`meshwright.sharding.bounds.tensor_layer_bytes` and `vocabulary_bytes`.
+`meshwright.sharding.bounds.tensor_layer_bytes` and `vocabulary_bytes`; where the stream between
+them is split over the same axes, an all-gather and a reduce-scatter stand for each all-reduce.
+
+**Keys and values** cross the axes that split the length of rows: `meshwright.train.context`.
 
 **Scalars**: loss and token count over the token axes, the gradient norm over those of the masters.
 
@@ -94,6 +97,7 @@ def expected_collectives(
         _gradients(moves, placed, compute_itemsize)
     _exchange(moves, compute_itemsize)
     _activations(moves, compute_itemsize)
+    _context(moves, compute_itemsize)
     _scalars(moves)
     return moves.collectives()
 
@@ -243,20 +247,38 @@ def _activations(moves: _Moves, itemsize: int) -> None:
     tokens = placement.tokens * moves.microbatches
     stream = tokens * model.embed * itemsize  # one activation A, all microbatches
     heads, mlp, vocab = (placement.activations[dim] for dim in ("heads", "mlp", "vocab"))
-    layers = model.layers
+    sequence = placement.activations["sequence"]
+    layers, again = model.layers, model.remat in ("full", "save-attention")
 
-    def reduce(axes: Axes, size: float, phase: Phase, leaf: str, layered: bool = True) -> None:
-        moves.add("all-reduce", axes, size, phase, leaf, itemsize=itemsize, layered=layered)
+    def enter(axes: Axes, phase: Phase, leaf: str, size: float, layered: bool = True) -> None:
+        """Where a region begins: nothing to do but in a stream that is split."""
+        if axes and axes == sequence:
+            moves.add(
+                "all-gather", axes, size, phase, leaf, itemsize=itemsize, layered=layered, leaves=1
+            )
 
-    reduce(heads, layers * stream, "forward", "attention's output")
-    reduce(heads, layers * stream, "backward", "attention's input")
-    if model.remat == "full":
-        # The MLP's output is the next layer's input, which was kept; attention's is not.
-        reduce(heads, layers * stream, "backward", "attention's output again")
-    reduce(mlp, layers * stream, "forward", "MLP's output")
-    reduce(mlp, layers * stream, "backward", "MLP's input")
-    reduce(vocab, stream, "forward", "embedding", layered=False)
-    reduce(vocab, stream, "backward", "head", layered=False)
+    def leave(axes: Axes, phase: Phase, leaf: str, size: float, layered: bool = True) -> None:
+        """Where one ends with partial sums, forward at its output and backward at its input."""
+        scatters = bool(axes) and axes == sequence
+        kind: Kind = "reduce-scatter" if scatters else "all-reduce"
+        moves.add(
+            kind, axes, size, phase, leaf, itemsize=itemsize, layered=layered, leaves=scatters
+        )
+
+    for axes, name in ((heads, "attention"), (mlp, "MLP")):
+        enter(axes, "forward", f"{name}'s input", layers * stream)
+        leave(axes, "forward", f"{name}'s output", layers * stream)
+        enter(axes, "backward", f"{name}'s output", layers * stream)
+        leave(axes, "backward", f"{name}'s input", layers * stream)
+        # Gathered inputs are never kept: they are an axis' size larger than what they came from.
+        enter(axes, "backward", f"{name}'s input again", layers * stream)
+    if again:
+        # The MLP's output is the next layer's input, which was kept; the sum of attention's is not.
+        leave(heads, "backward", "attention's output again", layers * stream)
+    leave(vocab, "forward", "embedding", stream, layered=False)
+    enter(vocab, "forward", "head", stream, layered=False)
+    leave(vocab, "backward", "head", stream, layered=False)
+    enter(vocab, "backward", "embedding", stream, layered=False)
     scalars = _TOKEN_SCALARS * 4 * tokens
     moves.add("all-reduce", vocab, scalars, "forward", "cross-entropy", itemsize=4)
     shared = _less(heads, placement.activations["kv_heads"])
@@ -265,7 +287,53 @@ def _activations(moves: _Moves, itemsize: int) -> None:
         # Summed as activations or, where those are larger, as the weights' gradients.
         width = 2 * model.kv_heads * model.head_dim / placement.split("kv_heads")
         rows = min(tokens * width, model.embed * width * moves.microbatches)
-        reduce(shared, layers * rows * itemsize, "backward", "keys and values")
+        size = layers * rows * itemsize
+        moves.add(
+            "all-reduce", shared, size, "backward", "keys and values",
+            itemsize=itemsize, layered=True,
+        )  # fmt: skip
+
+
+def _context(moves: _Moves, itemsize: int) -> None:
+    """What attention sends over the axes that split the length of rows.
+
+    Gradients of keys collect round a ring in float32, and are scattered in the compute dtype.
+    """
+    placement, config = moves.placement, moves.placement.config
+    axes, model = placement.activations["length"], config.model
+    parts = placement.parts(axes)
+    if parts == 1:
+        return
+    tokens = placement.tokens * moves.microbatches
+    width = 2 * model.head_dim * max(model.kv_heads / placement.split("kv_heads"), 1)
+    keys = model.layers * tokens * width * itemsize  # K of all layers and microbatches
+    again = model.remat in ("full", "dots")  # attention's output is not kept
+
+    def add(kind: Kind, phase: Phase, size: float, leaf: str, *, f32: bool = False) -> None:
+        count = parts - 1 if kind == "collective-permute" else 1
+        moves.add(
+            kind, axes, size, phase, leaf,
+            itemsize=4 if f32 else itemsize, layered=True, leaves=count,
+        )  # fmt: skip
+
+    if config.context.kind == "ulysses":
+        heads = model.heads / placement.split("heads")
+        rows = tokens * model.head_dim * model.layers * itemsize
+        shared = max(model.kv_heads / placement.split("kv_heads"), parts)
+        phases: tuple[Phase, ...] = ("forward", "backward")
+        for phase in phases + phases[1:] * again:
+            add("all-to-all", phase, rows * 2 * (heads + shared), "queries, keys and output")
+        return
+    if config.context.kind == "ring":
+        kind: Kind = "collective-permute"
+        hops = parts - 1
+        add(kind, "forward", hops * keys, "keys and values")
+        add(kind, "backward", hops * keys * (1 + again), "keys and values again")
+        add(kind, "backward", hops * keys * 4 / itemsize, "gradients of keys", f32=True)
+        return
+    add("all-gather", "forward", parts * keys, "keys and values")
+    add("all-gather", "backward", parts * keys * (1 + again), "keys and values again")
+    add("reduce-scatter", "backward", parts * keys, "gradients of keys")
 
 
 def _scalars(moves: _Moves) -> None:

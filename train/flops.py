@@ -14,7 +14,7 @@ tied one does the logits. Peaks are dense bfloat16 from the makers' data sheets,
 
 from __future__ import annotations
 
-from meshwright.models.config import ModelConfig, count_parameters
+from meshwright.models.config import ModelConfig, active_parameters
 from meshwright.sharding.chips import CHIPS, chip_of_device_kind
 
 __all__ = ["flops_per_token", "peak_flops"]
@@ -24,7 +24,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = False) 
     """Forward and backward FLOPs of the model for one token.
 
     Args:
-        config: the model.
+        config: the model; of experts, those a token is sent to.
         seq_len: tokens a row, which attention grows with.
         causal: count only the attention that a causal mask keeps.
     """
@@ -32,7 +32,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = False) 
     if config.positions == "learned":
         read_only += config.max_length * config.embed
     attention = 12 * config.layers * config.heads * config.head_dim * seq_len
-    return 6 * (count_parameters(config) - read_only) + attention / (2 if causal else 1)
+    return 6 * (active_parameters(config) - read_only) + attention / (2 if causal else 1)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -57,15 +57,14 @@ class Layout:
     moments: Decisions
 
     def unreduced_axes(self, gradients: Decisions) -> tuple[str, ...]:
-        """Axes that split the rows of a batch and no gradient of a layout.
+        """Axes that split the tokens of a batch and no gradient of a layout.
 
         Partial gradients can be kept apart over these until a step reduces them once.
         """
         split = {
             axis for decision in gradients for entry in decision.spec for axis in axes_of(entry)
         }
-        rows = self.rules.lookup("activations", "batch")
-        return tuple(axis for axis in (rows.axes if rows else ()) if axis not in split)
+        return tuple(axis for axis in self.rules.token_axes() if axis not in split)
 
     def compute_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The layout a matmul needs of a weight whose working layout is ``spec``."""

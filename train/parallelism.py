@@ -13,14 +13,24 @@ from typing import Any
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
-from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
-from meshwright.train.config import TrainConfig
+from meshwright.sharding.strategies import (
+    context,
+    data,
+    fold,
+    fsdp,
+    sequence,
+    tensor,
+    zero1,
+    zero2,
+)
+from meshwright.sharding.token_layout import check_heads, check_length
+from meshwright.train.config import ContextConfig, TrainConfig
 
 __all__ = ["check_batch", "choose_dtype", "choose_mesh", "choose_rules", "describe_devices"]
 
 _DEMO_MESH = "data=2,fsdp=2,tensor=2"
 _DEMO_DEVICES = 8
-_SUPPORTED = ("data", "fsdp", "tensor")
+_SUPPORTED = ("data", "fsdp", "context", "tensor")
 
 
 def choose_mesh(config: TrainConfig, device_count: int, *, simulated: bool) -> MeshSpec:
@@ -62,8 +72,16 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
         RulesError: ``zero`` without a data axis, or a rule that cannot be read.
     """
     accumulate = "sharded" if config.zero == 2 else config.accumulate
-    by_axis = {"data": data(), "fsdp": fsdp(accumulate=accumulate), "tensor": tensor()}
+    by_axis = {
+        "data": data(),
+        "fsdp": fsdp(accumulate=accumulate),
+        "context": context(),
+        "tensor": tensor(),
+    }
     strategies = [by_axis[axis] for axis in mesh.names]
+    _check_settings(config, mesh)
+    if config.sequence:
+        strategies.append(sequence())
     if config.zero:
         if "data" not in mesh.names:
             raise RulesError(
@@ -77,6 +95,35 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
     for text in config.rules:
         rules = rules.with_text(text)
     return rules
+
+
+def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
+    """Refuse settings of an axis that the mesh does not have: they would have no effect."""
+    if config.sequence and "tensor" not in mesh.names:
+        raise RulesError(
+            "cannot use sequence=True",
+            where=f"mesh {mesh}",
+            why="it splits tokens between the regions of the tensor axis, and there is none",
+            fix="add tensor=2 (or more) to the mesh, or leave --sequence out",
+        )
+    if config.model.experts.count and mesh.sizes.get("context", 1) > 1:
+        raise RulesError(
+            f"cannot split rows of `{config.model.name}` along their length",
+            where=f"mesh {mesh}, model.experts.count={config.model.experts.count}",
+            why="experts are balanced, and take tokens, row by row, and a device would have a "
+            "part of each row",
+            fix="give the devices of the context axis to data, fsdp or tensor",
+        )
+    default = ContextConfig()
+    for name in ("kind", "order"):
+        value = getattr(config.context, name)
+        if value != getattr(default, name) and "context" not in mesh.names:
+            raise RulesError(
+                f"cannot use context.{name}={value}",
+                where=f"mesh {mesh}",
+                why="it says how attention crosses the context axis, and there is none",
+                fix=f"add context=2 (or more) to the mesh, or leave --context.{name} out",
+            )
 
 
 def choose_dtype(config: TrainConfig, *, on_cpu: bool) -> Any:
@@ -110,7 +157,39 @@ def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
             why=f"each microbatch has {rows} rows for {axes} = {parts} parts",
             fix=f"use --batch-size {' or '.join(choices)}",
         )
+    _check_token_axes(rules)
     axes, parts = _splitting(rules, mesh, "length")
+    if parts > 1:
+        check_length(config.context.order, config.seq_len, parts)
+        split = [_splitting(rules, mesh, dim)[1] for dim in ("heads", "kv_heads")]
+        heads = config.model.heads // split[0], max(1, config.model.kv_heads // split[1])
+        check_heads(config.context.kind, *heads, parts)
+    _check_sequence(config, rules, mesh)
+
+
+def _check_token_axes(rules: Rules) -> None:
+    """Check that no axis splits tokens and another dim of an activation as well."""
+    tokens = ("batch", "length")
+    users: dict[str, list[str]] = {}
+    for dim in (*tokens, *rules.known_dims("activations")):
+        rule = rules.lookup("activations", dim)
+        for axis in rule.axes if rule and dim != "sequence" else ():
+            if dim not in users.setdefault(axis, []):
+                users[axis].append(dim)
+    for axis, dims in users.items():
+        if len(dims) > 1 and dims[0] in tokens:
+            raise PlacementError(
+                f"cannot split two dims of `activations {' and '.join(dims)}` over the same axis "
+                f"`{axis}`",
+                why="each device along an axis holds one part, so an axis splits one dim",
+                fix="keep all but one of them whole: "
+                + " ".join(f"--rules activations.{dim}=none" for dim in dims[1:]),
+            )
+
+
+def _check_sequence(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
+    """Check that what `sequence` splits divides: the tokens of a row on one device."""
+    axes, parts = _splitting(rules, mesh, "sequence")
     if config.seq_len % parts:
         below = config.seq_len // parts * parts
         choices = [str(size) for size in (below, below + parts) if size]

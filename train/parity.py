@@ -1,6 +1,6 @@
 """The same numbers on every mesh: run one training on many meshes and compare with one device.
 
-A case is a mesh, a number of microbatches, a ZeRO stage and a way to accumulate. Every case starts
+A case is a mesh and the settings that change how a step is laid out on it. Every case starts
 from the same seed and reads the same batches. Compared are the initial parameters (bitwise), the
 first step's gradients (largest difference over the leaf's largest entry) and the loss of every
 step (relative). The tests hold these on a small model, the benchmark prints them for ``tiny``.
@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from meshwright.models.config import Remat
 from meshwright.models.pure import functional
+from meshwright.sharding.token_layout import ContextKind, TokenLayout
 from meshwright.sharding.topology import Topology
-from meshwright.train.config import TrainConfig, Zero
+from meshwright.train.config import ContextConfig, TrainConfig, Zero
 from meshwright.train.explain import layout_of
 from meshwright.train.parallelism import check_batch, choose_dtype, choose_mesh
 from meshwright.train.program import Program, step_spec
@@ -46,19 +48,43 @@ class Case:
         grad_accum: microbatches.
         zero: ZeRO stage.
         accumulate: ``whole`` or ``sharded``.
+        sequence: tokens split over the tensor axis between its regions.
+        context, order: kind of attention over the context axis, and which tokens a device has.
+        remat: what is recomputed; None for what the model says.
     """
 
     mesh: str
     grad_accum: int = 1
     zero: Zero = 0
     accumulate: Any = "whole"
+    sequence: bool = False
+    context: ContextKind = "ring"
+    order: TokenLayout = "zigzag"
+    remat: Remat | None = None
 
     def __str__(self) -> str:
         parts = [self.mesh]
         parts += [f"accum={self.grad_accum}"] if self.grad_accum > 1 else []
         parts += [f"zero={self.zero}"] if self.zero else []
         parts += [self.accumulate] if self.accumulate != "whole" else []
+        parts += ["sequence"] if self.sequence else []
+        parts += [f"{self.context}, {self.order}"] if "context" in self.mesh else []
+        parts += [f"remat={self.remat}"] if self.remat else []
         return " ".join(parts)
+
+    def of(self, config: TrainConfig) -> TrainConfig:
+        """A run as this case has it."""
+        model = replace(config.model, remat=self.remat or config.model.remat)
+        return replace(
+            config,
+            model=model,
+            mesh=self.mesh,
+            grad_accum=self.grad_accum,
+            zero=self.zero,
+            accumulate=self.accumulate,
+            sequence=self.sequence,
+            context=ContextConfig(self.context, self.order),
+        )
 
 
 @dataclass(frozen=True)
@@ -133,14 +159,7 @@ def run_case(
         start: a state on the host to start from, which saves compiling the init program; by
             default the case builds its own on its mesh.
     """
-    config = replace(
-        config,
-        mesh=case.mesh,
-        grad_accum=case.grad_accum,
-        zero=case.zero,
-        accumulate=case.accumulate,
-    )
-    program = program_of(config)
+    program = program_of(case.of(config))
     state = program.init() if start is None else jax.device_put(start, program.shardings)
     initial, first, losses = jax.device_get(state), None, []
     step = jax.jit(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,9 @@ class Plan:
         """
         kind = self.topology.kind
         here = kind != "gpu" or not compiled or _has_cudnn_wheel()
-        return kernel_of(self.config, self.rules, kind if here else "cpu")
+        length = self.rules.lookup("activations", "length")
+        parts = math.prod(self.mesh.sizes[axis] for axis in (length.axes if length else ()))
+        return kernel_of(self.config, self.rules, kind if here else "cpu", parts)
 
     @property
     def state_bytes(self) -> int:
@@ -308,9 +311,24 @@ class Plan:
             leaves=leaves,
             gathers=gathers,
             scattered=frozenset(scattered),
+            activations=self._activations(),
             exchanged=frozenset() if config.model.tied else frozenset({_EMBEDDING}),
             accumulates=config.grad_accum > 1,
         )
+
+    def _activations(self) -> frozenset[tuple[str, str]]:
+        """How strategies move activations: see `PlanFacts.activations`."""
+        length, stream = (self.rules.lookup("activations", d) for d in ("length", "sequence"))
+        over = length.axes if length else ()
+        kinds = {
+            "ring": ("collective-permute",),
+            "gather": ("all-gather", "reduce-scatter"),
+            "ulysses": ("all-to-all", "all-gather"),
+        }[self.config.context.kind]
+        found = {(kind, axis) for kind in kinds for axis in over}
+        inside = [axis for axis in (stream.axes if stream else ()) if axis not in over]
+        found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in inside}
+        return frozenset(found)
 
     def _model(self, kernel: str) -> dict[str, Any]:
         config = self.config

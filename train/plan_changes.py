@@ -97,7 +97,7 @@ def _is_more(one: _Candidate, others: list[_Candidate], limit: int) -> bool:
 
 
 def _remat(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
-    order = ["none", "dots", "full"]
+    order = ["none", "dots", "save-attention", "full"]
     tighter = order[order.index(config.model.remat) + 1 :]
     return [
         (replace(config, model=replace(config.model, remat=remat)), f"--model.remat {remat}")

@@ -24,10 +24,10 @@ from meshwright.models.pure import Functional
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout
 from meshwright.train.optimizer import learning_rate_schedule, make_optimizer
+from meshwright.train.replicas import batch_shardings
 from meshwright.train.state import TrainState, abstract_state, init_state, state_shardings
 from meshwright.train.step import (
     StepSpec,
-    batch_shardings,
     eval_step,
     sampling_hooks,
     sampling_params,
@@ -59,6 +59,7 @@ def step_spec(
         clip_norm=config.optimizer.clip_norm,
         loss=config.loss,
         guard=config.guard,
+        context=config.context,
     )
 
 
@@ -95,7 +96,13 @@ class Program:
         """Work out shapes and shardings; compiles nothing."""
         shapes = abstract_state(spec.model.init, spec.optimizer)
         shardings = state_shardings(shapes, spec.layout, spec.mesh)
-        return cls(config, spec, shapes, shardings, batch_shardings(spec, batch_names(config)))
+        return cls(
+            config,
+            spec,
+            shapes,
+            shardings,
+            batch_shardings(spec.layout, spec.mesh, batch_names(config)),
+        )
 
     def start(self) -> None:
         """Trace the step and the evaluation and start compiling both in threads.

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from meshwright.models.config import ModelConfig
+from meshwright.models.config import ExpertConfig, ModelConfig
 from meshwright.train.config import OptimizerConfig, OptimizerName
 
 __all__ = [
@@ -114,8 +114,13 @@ def parameter_leaves(config: ModelConfig) -> tuple[LeafShape, ...]:
     if not config.tied:
         leaves["head"] = {"embed": embed, "vocab": vocab}
     leaves |= _norm(config, "final_norm", embed)
-    for path, sizes in _block(config).items():
-        leaves[f"layers/{path}"] = {"layers": config.layers, **sizes}
+    dense = replace(config, experts=ExpertConfig())
+    stacks = {"layers": (config, config.layers - config.experts.first_dense)}
+    if config.experts.first_dense:
+        stacks["dense_layers"] = (dense, config.experts.first_dense)
+    for stack, (block, layers) in stacks.items():
+        for path, sizes in _block(block).items():
+            leaves[f"{stack}/{path}"] = {"layers": layers, **sizes}
     ordered = sorted(leaves.items(), key=lambda item: item[0].split("/"))
     return tuple(LeafShape(path, tuple(s.values()), tuple(s)) for path, s in ordered)
 
@@ -127,10 +132,9 @@ def _norm(config: ModelConfig, path: str, size: int) -> dict[str, dict[str, int]
 
 def _block(config: ModelConfig) -> dict[str, dict[str, int]]:
     """The parameters of one block by path, sizes by dim."""
-    embed, mlp = {"embed": config.embed}, {"mlp": config.mlp}
+    embed = {"embed": config.embed}
     queries = {"heads": config.heads, "head_dim": config.head_dim}
     keys = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
-    gated = config.activation == "swiglu"
     found = {
         **_norm(config, "attn_norm", config.embed),
         **_norm(config, "mlp_norm", config.embed),
@@ -138,18 +142,37 @@ def _block(config: ModelConfig) -> dict[str, dict[str, int]]:
         "attn/wk": embed | keys,
         "attn/wv": embed | keys,
         "attn/wo": queries | embed,
-        "mlp/w_up": embed | mlp,
-        "mlp/w_down": mlp | embed,
     }
-    if gated:
-        found["mlp/w_gate"] = embed | mlp
+    experts = config.experts
+    if experts.count:
+        of_experts, width = {"experts": experts.count}, config.expert_mlp
+        found["experts/router"] = embed | of_experts
+        found |= _matrices(config, "experts", width, of_experts)
+        if experts.balance == "bias":
+            found["experts/bias"] = of_experts
+        if experts.shared:
+            found |= _matrices(config, "experts/shared", experts.shared * width, {})
+    else:
+        found |= _matrices(config, "mlp", config.mlp, {})
     if config.qk_norm:
         found |= _norm(config, "attn/q_norm", config.head_dim)
         found |= _norm(config, "attn/k_norm", config.head_dim)
     if config.bias:
+        mlp = {"mlp": config.mlp}
         found |= {"attn/bq": queries, "attn/bk": keys, "attn/bv": keys, "attn/bo": embed}
         found |= {"mlp/b_up": mlp, "mlp/b_down": embed}
-        found |= {"mlp/b_gate": mlp} if gated else {}
+        found |= {"mlp/b_gate": mlp} if config.activation == "swiglu" else {}
+    return found
+
+
+def _matrices(
+    config: ModelConfig, path: str, width: int, stack: dict[str, int]
+) -> dict[str, dict[str, int]]:
+    """The matrices of an MLP, or of a stack of them."""
+    embed, mlp = {"embed": config.embed}, {"mlp": width}
+    found = {f"{path}/w_up": stack | embed | mlp, f"{path}/w_down": stack | mlp | embed}
+    if config.activation == "swiglu":
+        found[f"{path}/w_gate"] = stack | embed | mlp
     return found
 
 
@@ -224,8 +247,9 @@ def _moment_groups(
 
 
 def _is_muon(leaf: LeafShape) -> bool:
-    """Whether muon orthogonalises a leaf: a matrix of a block, no table, norm or bias."""
-    return leaf.path.rpartition("/")[2].startswith("w")
+    """Whether muon orthogonalises a leaf: a matrix of a block, no table, norm, bias or stack of
+    experts."""
+    return leaf.path.rpartition("/")[2].startswith("w") and "experts" not in (leaf.dims or ())
 
 
 def _factored(leaf: LeafShape) -> list[LeafShape]:
@@ -259,7 +283,8 @@ def kept_activations(
         length: tokens a row, which materialised scores grow with.
         lanes: what a head is padded to a multiple of where it is the last dim, 128 on TPU.
 
-    ``full`` keeps the input alone, which is what flows through the layer loop. ``dots`` keeps the
+    ``full`` keeps the input alone, which is what flows through the layer loop; ``save-attention``
+    besides the output of attention and, of a fused kernel, its softmax. ``dots`` keeps the
     outputs of the projections; that of the last one is read by nobody. ``none`` keeps what jax's
     derivatives read: of a norm its input widened to float32 and the normed values before the
     scale (which the TPU's compiler keeps in the compute dtype), of a gated MLP six arrays of its
@@ -269,22 +294,26 @@ def kept_activations(
     queries, keys = config.heads * head, 2 * config.kv_heads * head
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     hidden = 2 if config.activation == "swiglu" else 1
+    stream = ("sequence", "embed")
     if config.remat == "full":
         return ()
+    if config.remat == "save-attention":
+        softmax = Kept("softmax", ("heads",), config.heads, 4)
+        return (Kept("attention's output", heads, queries, itemsize), *[softmax] * fused_attention)
     if config.remat == "dots":
         return (
             Kept("queries", heads, queries, itemsize),
             Kept("keys and values", kv_heads, keys, itemsize),
-            Kept("attention's output", ("embed",), config.embed, itemsize),
-            Kept("MLP", ("mlp",), hidden * config.mlp, itemsize),
+            Kept("attention's output", stream, config.embed, itemsize),
+            Kept("MLP", ("mlp",), hidden * config.active_mlp, itemsize),
         )
     centred, wide = config.norm == "layer", 1 if fused_attention else 2
     kept = [
-        Kept("norms", ("embed",), 2 * (wide + centred) * config.embed, 4),
-        Kept("norms' output", ("embed",), (2 + (wide == 1)) * config.embed, itemsize),
+        Kept("norms", stream, 2 * (wide + centred) * config.embed, 4),
+        Kept("norms' output", stream, (2 + (wide == 1)) * config.embed, itemsize),
         Kept("queries and attention's output", heads, 2 * queries, itemsize),
         Kept("keys and values", kv_heads, keys, itemsize),
-        Kept("MLP", ("mlp",), 6 * config.mlp, itemsize),
+        Kept("MLP", ("mlp",), 6 * config.active_mlp, itemsize),
     ]
     if config.qk_norm:
         kept.append(Kept("norms of queries", heads, config.heads * config.head_dim, 4))

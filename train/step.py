@@ -6,14 +6,8 @@ program; microbatches and layers are loops inside it. Nothing here has side effe
 **Weights** are cast and gathered where they are read, and their gradients reduced, as
 `meshwright.train.weights` says.
 
-**Replicas.** GSPMD has no notion of "not yet reduced": left to itself it sums a gradient over all
-data axes at once, where it appears, and sums twice a weight that is read twice. So each device's
-partial sums are made explicit: the rows of a batch get a leading dim of the size of the axes that
-split them, mapped by ``vmap``; locally it is a dim of one. The model sees its own rows only, and
-a gradient leaves the mapped region through the reduction of `meshwright.train.weights`. With
-several microbatches the axes that no accumulator is split over are mapped further out, and summed
-over once a step. The alternative, ``shard_map`` around the loss, would make the axes of the layers
-manual too, and nest badly with ring attention and pipelines.
+**Replicas.** Rows, and the length of rows, are mapped over the axes that split them, as
+`meshwright.train.replicas` says, so that each device's partial sums are explicit.
 
 **Normalisation.** Sums are divided by the global weight of the batch, known before the loop, so
 the result does not depend on how rows are dealt to devices or microbatches.
@@ -26,40 +20,36 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from meshwright.models.experts import expert_loss
 from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
 from meshwright.train.attention import attention_of
-from meshwright.train.config import GuardConfig, LossConfig
+from meshwright.train.config import ContextConfig, GuardConfig, LossConfig
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
+from meshwright.train.replicas import Batch, Replicas
 from meshwright.train.state import TrainState
 from meshwright.train.weights import Reductions, Weights
 
 __all__ = [
-    "Batch",
     "StepSpec",
     "apply_gradients",
-    "batch_shardings",
     "eval_step",
     "gradients",
     "sampling_hooks",
     "sampling_params",
     "train_step",
 ]
-
-Batch = dict[str, jax.Array]
-"""``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
-masked documents also ``segments`` and ``positions`` int32 of that shape."""
 
 _NORM_MEAN_DECAY = 0.95
 _EMBEDDING = "embedding"
@@ -79,6 +69,7 @@ class StepSpec:
         clip_norm: global gradient norm to clip to; 0 for none.
         loss: z-loss and label smoothing.
         guard: spike factor.
+        context: how attention crosses the axes that split the length of rows.
     """
 
     model: Functional
@@ -90,6 +81,11 @@ class StepSpec:
     clip_norm: float
     loss: LossConfig
     guard: GuardConfig
+    context: ContextConfig
+
+    def replicas(self, microbatches: int = 1) -> Replicas:
+        """What a batch of so many microbatches is mapped over."""
+        return Replicas.of(self.layout, self.mesh, self.context.order, microbatches)
 
     def constrain(self) -> Constrain:
         """Activation constraints of this run."""
@@ -168,14 +164,18 @@ def eval_step(
     spec: StepSpec, constrain: Constrain, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """Plain cross-entropy of a batch: (sum over counted tokens, their weight), no gradients."""
-    weights = _weights(spec)
+    replicas = spec.replicas()
+    weights = _weights(spec, Reductions(now=replicas.axes))
     working = weights.working(params)
+    inner = constrain.without(replicas.axes)
 
-    def one(totals: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
-        _, plain = _loss_sums(spec, weights, constrain, working, rows)
-        return totals + plain, None
+    def plain_sum(rows: Batch) -> jax.Array:
+        return _loss_sums(spec, replicas, weights, inner, working, rows)[1]
 
-    plain, _ = jax.lax.scan(one, jnp.zeros((), jnp.float32), batch)
+    def one(total: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
+        return total + jnp.sum(replicas.mapped(plain_sum)(rows)), None
+
+    plain, _ = jax.lax.scan(one, jnp.zeros((), jnp.float32), replicas.deal(batch))
     return plain, jnp.sum(batch["weights"])
 
 
@@ -193,29 +193,25 @@ def gradients(
         (gradients, summed plain cross-entropy, counted tokens): gradients float32 in the
         masters' layout, already divided by the counted tokens.
     """
-    microbatches, rows = batch["tokens"].shape[:2]
+    microbatches = batch["tokens"].shape[0]
     tokens = jnp.sum(batch["weights"])
     scale = 1.0 / jnp.maximum(tokens, 1.0)
     once = microbatches == 1
-    apart, now = _replica_axes(spec, microbatches)
-    weights = _weights(spec, Reductions(now=now, apart=apart), final=once)
+    replicas = spec.replicas(microbatches)
+    weights = _weights(spec, Reductions(now=replicas.now, apart=replicas.apart), final=once)
     working = weights.working(params)
-    inner = constrain.without((*apart, *now))
+    inner = constrain.without(replicas.axes)
 
     def one(rows: Batch) -> tuple[Any, jax.Array]:
         def scaled(working: Any) -> tuple[jax.Array, jax.Array]:
-            train, plain = _loss_sums(spec, weights, inner, working, rows)
+            train, plain = _loss_sums(spec, replicas, weights, inner, working, rows)
             return train * scale, plain
 
         grads, plain = jax.grad(scaled, has_aux=True)(working)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), plain
 
-    if now:
-        one = jax.vmap(one, spmd_axis_name=now, out_axes=(None, 0))
-    if apart:
-        one = jax.vmap(one, spmd_axis_name=apart)
-    if apart or now:
-        batch = _by_replica(spec, batch, (apart, now), rows)
+    one = replicas.mapped(one, out_axes=(None, 0))
+    batch = replicas.deal(batch)
     if once:
         grads, plain = one(jax.tree.map(lambda x: x[0], batch))
         return weights.into_masters(grads), jnp.sum(plain), tokens
@@ -226,17 +222,10 @@ def gradients(
         return (weights.accumulated(summed[0]), summed[1]), None
 
     zeros = weights.zero_accumulators(params)
-    plain0 = jnp.zeros([_size(spec.mesh, axes) for axes in (apart, now) if axes], jnp.float32)
+    plain0 = jnp.zeros(tuple(map(replicas.size, replicas.levels)), jnp.float32)
     (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
-    grads = weights.summed(grads) if apart else weights.into_masters(grads)
+    grads = weights.summed(grads) if replicas.apart else weights.into_masters(grads)
     return grads, jnp.sum(plain), tokens
-
-
-def batch_shardings(spec: StepSpec, names: Sequence[str]) -> dict[str, NamedSharding]:
-    """Rows split over the axes of the dim ``batch``, microbatches and length whole or as ruled."""
-    rules = [spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length")]
-    axes = [rule.axes if rule and rule.axes else None for rule in rules]
-    return {name: NamedSharding(spec.mesh, PartitionSpec(None, *axes)) for name in names}
 
 
 def sampling_params(spec: StepSpec, params: Any) -> Any:
@@ -252,7 +241,12 @@ def sampling_hooks(spec: StepSpec) -> Hooks:
 
 
 def _loss_sums(
-    spec: StepSpec, weights: Weights, constrain: Constrain, working: Any, rows: Batch
+    spec: StepSpec,
+    replicas: Replicas,
+    weights: Weights,
+    constrain: Constrain,
+    working: Any,
+    rows: Batch,
 ) -> tuple[jax.Array, jax.Array]:
     tokens = math.prod(rows["tokens"].shape)
     exchange = None if spec.model.config.tied else weights.exchange_for(_EMBEDDING, tokens)
@@ -267,9 +261,11 @@ def _loss_sums(
     )
     hooks = Hooks(
         constrain=constrain,
-        attention=attention_of(spec.mesh, constrain.rules),
+        reshard=constrain.reshard,
+        attention=attention_of(spec.mesh, constrain.rules, replicas, spec.context.kind),
         look_up=exchange or take_rows,
         score=score,
+        collect=lambda sums, experts: (sums[0] + expert_loss(experts, rows["weights"]), sums[1]),
         run_layers=weights.run_layers,
     )
     sums: Any = spec.model.apply(
@@ -287,58 +283,6 @@ def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.
     if guard.spike_factor:
         good &= (mean == 0) | (norm <= guard.spike_factor * mean)
     return good
-
-
-def _replica_axes(spec: StepSpec, microbatches: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes that split rows, by when gradients are summed over them.
-
-    Returns:
-        (apart, now): over the first a device's sums are kept apart until the end of the step,
-        over the second they are reduced as soon as a layer's gradient is there.
-    """
-    layout = spec.layout
-    rows = layout.rules.lookup("activations", "batch")
-    split = tuple(axis for axis in (rows.axes if rows else ()) if spec.mesh.shape[axis] > 1)
-    apart = layout.unreduced_axes(layout.reduced) if microbatches > 1 else ()
-    return (
-        tuple(axis for axis in split if axis in apart),
-        tuple(axis for axis in split if axis not in apart),
-    )
-
-
-def _size(mesh: Mesh, axes: Sequence[str]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _by_replica(
-    spec: StepSpec, batch: Batch, groups: tuple[tuple[str, ...], tuple[str, ...]], rows: int
-) -> Batch:
-    """[m, rows, …] → [m, replicas of each group, rows of one, …], moving no row between devices.
-
-    Rows are split over all batch axes, major to minor; every group's axes become one dim. A group
-    of no axes gets no dim.
-    """
-    batch_rule, length = (
-        spec.layout.rules.lookup("activations", dim) for dim in ("batch", "length")
-    )
-    axes = batch_rule.axes if batch_rule else ()
-    sizes = [spec.layout.mesh.sizes[axis] for axis in axes]
-    named = [group for group in groups if group]
-    order = [axis for group in named for axis in group]
-    rest = [axis for axis in axes if axis not in order]  # of size one
-    moved = [1 + axes.index(axis) for axis in (*order, *rest)]
-    replicas = [_size(spec.mesh, group) for group in named]
-
-    def one(x: jax.Array) -> jax.Array:
-        tail = x.shape[2:]
-        local = rows // _size(spec.mesh, axes)
-        cube = x.reshape(x.shape[0], *sizes, local, *tail)
-        cube = cube.transpose(0, *moved, *range(1 + len(sizes), cube.ndim))
-        out = cube.reshape(x.shape[0], *replicas, local, *tail)
-        split = PartitionSpec(None, *named, None, length.axes or None if length else None)
-        return jax.lax.with_sharding_constraint(out, NamedSharding(spec.mesh, split))
-
-    return jax.tree.map(one, batch)
 
 
 def _weights(

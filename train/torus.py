@@ -7,7 +7,8 @@ all-gathers over three dimensions that close, and with those of up to 16 MiB ove
 the compiler changes that (libtpu 0.0.42). So the step writes such a collective as several, one
 after another, each over a part that the compiler serves as it is:
 
-- a scatter goes dimension by dimension, outermost first, the buffer shrinking as it goes;
+- a scatter goes dimension by dimension, outermost first, the buffer shrinking as it goes; one of
+  less than 24 MiB, which even along one dimension may become an all-reduce, as blocks of a tile;
 - a gather over three dimensions goes over all but two while the buffer is small, then over the
   two that are left at once; a small one goes dimension by dimension.
 
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
@@ -40,6 +42,10 @@ _AT_ONCE = 2
 _SMALL_BYTES = 24 * 2**20
 """Between 16 MiB, which the compiler gathers over two dimensions by all-reduce, and 32, which it
 does not."""
+
+_TILE = (8, 128)
+"""Of a TPU's registers. In this shape every small scatter tried stayed one; as the weights have
+it, it depended on their dims (libtpu 0.0.42)."""
 
 _SHORT = 2
 """A dimension of this size does not close; cubes with one are gathered as asked."""
@@ -76,11 +82,24 @@ class Torus:
         if not any(axis in self.rings for axis in axes):
             return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
         for axis in axes:
-            for groups in self._scatters(axis):
-                x = jax.lax.psum_scatter(
-                    x, axis, scatter_dimension=dim, tiled=True, axis_index_groups=groups
-                )
+            part = x.size // jax.lax.axis_size(axis)
+            if axis in self.rings and x.nbytes < _SMALL_BYTES and part % math.prod(_TILE) == 0:
+                x = self._scatter_tiles(x, axis, dim)
+            else:
+                x = self._scatter_rings(x, axis, dim)
         return x
+
+    def _scatter_rings(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        for groups in self._scatters(axis):
+            x = jax.lax.psum_scatter(
+                x, axis, scatter_dimension=dim, tiled=True, axis_index_groups=groups
+            )
+        return x
+
+    def _scatter_tiles(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
+        first = jnp.moveaxis(x, dim, 0)
+        part = self._scatter_rings(first.reshape(-1, *_TILE), axis, 0)
+        return jnp.moveaxis(part.reshape(-1, *first.shape[1:]), 0, dim)
 
     def gather(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
         """``all_gather`` over axes, major to minor, tiled along ``dim``; in a ``shard_map``."""

@@ -84,6 +84,8 @@ class Weights:
             for name, leaf in shapes.items()
             if name != LAYERS and hasattr(leaf, "shape")
         }
+        stream, length = (layout.rules.lookup("activations", d) for d in ("sequence", "length"))
+        self.splits_stream = stream is not None and stream.axes != (length.axes if length else ())
         self.working_specs = layout.working.specs(shapes)
         self.master_specs = layout.masters.specs(shapes)
         self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
@@ -141,9 +143,10 @@ class Weights:
             return body(x, self._use(layer, *specs, parent=LAYERS))
 
         gathers = self.compute_specs[LAYERS] != self.working_specs[LAYERS]
-        if remat == "none" and gathers:
-            # Without this, the backward pass would keep every layer's gathered weights.
-            using = jax.checkpoint(using, policy=_save_all_but_weights, prevent_cse=False)
+        if remat == "none" and (gathers or self.splits_stream):
+            # Without this, the backward pass would keep every layer's gathered weights, and the
+            # gathered inputs of its regions.
+            using = jax.checkpoint(using, policy=_save_all_but_gathered, prevent_cse=False)
         return scan_layers(using, stacked, x, remat)
 
     def zero_accumulators(self, params: Any) -> Any:
@@ -311,11 +314,12 @@ def scope_of(path: str) -> str:
     return "weight:" + path.replace("/", ".")
 
 
-def _save_all_but_weights(primitive: Any, *operands: Any, **_: Any) -> bool:
+def _save_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:
     """Rematerialisation policy: keep activations, cast and gather weights again.
 
-    Constraints and casts are cheap to repeat on activations. `_use_one` appears as a custom
-    derivative of one operand; those with more (fused attention) are kept.
+    Constraints and casts are cheap to repeat on activations. `_use_one` and the gathers of
+    `meshwright.sharding.placement.Constrain.reshard` appear as custom derivatives of one operand;
+    those with more (attention) are kept.
     """
     if primitive.name == "custom_vjp_call":
         return len(operands) > 1

@@ -1,0 +1,472 @@
+"""A mixture of experts in place of the MLP: router, losses that even the load, dispatch.
+
+Each token is scored by a router and goes to its `top_k` best experts, whose outputs are summed,
+weighted by their scores (Shazeer et al. 2017). Parameters grow with the number of experts, work
+only with `top_k`.
+
+**Dispatch** on one device has two forms that agree while nothing is dropped:
+
+- *dropless*: the choices of all tokens are sorted by expert, and each matmul is one grouped
+  matmul over the sorted rows (Gale et al. 2022, MegaBlocks). No work is wasted and no token
+  lost, where the backend has a kernel for `jax.lax.ragged_dot`; where it has none (CPU), it is
+  a dense matmul over all experts, for small sizes only.
+- *capacity*: every expert takes the first C tokens of a row, in the row's order, into a buffer of
+  fixed size (Lepikhin et al. 2021, GShard). Plain batched matmuls on any backend, at the price
+  of C × count / (length × top_k) times the work, and of dropped tokens, which only the residual
+  stream carries on.
+
+Rows move between tokens and experts by gathers in both directions: the transpose of a gather is
+a scatter-add, but the inverse of the permutation is known here, so the backward pass gathers
+too, which is faster and adds in one order. The alternative, one-hot matmuls as in GShard, costs
+as much as the experts themselves once there are many.
+
+**By row.** Loads, losses and capacities are those of one row of the batch, never of "the batch":
+rows are what is dealt to devices and microbatches, so results that are sums over rows do not
+depend on how they are dealt, and need no communication. The balancing loss is thus the
+sequence-wise one of DeepSeek-V2 (2024, section 2.2.3), stricter than one over a whole batch: it
+asks for balance within each row. Loads over the whole batch would have to be summed over devices
+and microbatches before the product that the loss is, a second forward pass. `balance="bias"` has
+no such limit: its gradient is linear in the loads, so summing gradients sums loads.
+
+**Bias** (Wang et al. 2024, loss-free balancing): a number an expert, added to the scores for the
+choice alone. What evens the load is an update against the overload, outside of the gradient. Here
+it is the gradient of a loss whose value is always 0, ``sum_e (b_e - stop(b_e)) * (f_e - 1)``,
+where f is the load over the mean load: so it is reduced, accumulated and saved like any other, and
+any optimizer moves the bias against the overload. Adam and Lion do so by about their learning
+rate a step, as the paper's sign does by a rate of its own.
+
+Shape suffixes: B rows, T length, D embed, E experts, k choices of a token, C capacity, M width of
+an expert, S rows sorted by expert, or slots of the experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from meshwright.models.config import ExpertConfig, ModelConfig
+from meshwright.models.hooks import Hooks
+from meshwright.models.layers import Init, Mlp, float32_logits, residual_std
+
+__all__ = [
+    "ExpertSums",
+    "Experts",
+    "Routing",
+    "apply_experts",
+    "expert_loss",
+    "grouped_matmul",
+    "load_imbalance",
+    "route",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertSums:
+    """What the layers of experts report, summed while a batch flows through them.
+
+    All are sums over layers or have a dim for them, so that the report of several microbatches
+    or devices is the sum, or concatenation, of theirs.
+
+    Attributes:
+        loss: what the training loss must add for each row, per token: float32 [B].
+        balance: the balancing loss of each row, unweighted, summed over layers: float32 [B]. As
+            many as there are layers of experts where the load is even.
+        z: the router's z-loss of each row, unweighted, summed over layers: float32 [B].
+        load: choices that went to each expert, dropped ones included, over all rows:
+            int32 [layers of experts, E].
+        dropped: choices that found no room, over all rows: int32 [layers of experts].
+        layer: the layer that reports next, int32 scalar.
+    """
+
+    loss: Array
+    balance: Array
+    z: Array
+    load: Array
+    dropped: Array
+    layer: Array
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, rows: int) -> ExpertSums:
+        """What no layer has added to yet, for a batch of ``rows``."""
+        layers, row = config.expert_layers, jnp.zeros((rows,), jnp.float32)
+        load = jnp.zeros((layers, config.experts.count), jnp.int32)
+        start = jnp.zeros((), jnp.int32)
+        return cls(row, row, row, load, jnp.zeros((layers,), jnp.int32), start)
+
+    def plus(
+        self, loss: Array, balance: Array, z: Array, load: Array, dropped: Array
+    ) -> ExpertSums:
+        """Add what one layer reports: loss, balance, z [B], load [E] and dropped, a scalar."""
+        return ExpertSums(
+            loss=self.loss + loss,
+            balance=self.balance + balance,
+            z=self.z + z,
+            load=jax.lax.dynamic_update_index_in_dim(self.load, load, self.layer, 0),
+            dropped=jax.lax.dynamic_update_index_in_dim(self.dropped, dropped, self.layer, 0),
+            layer=self.layer + 1,
+        )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens go.
+
+    Attributes:
+        ids: the experts of each token, best first, int32 [B, T, k].
+        weights: of their outputs, float32 [B, T, k].
+        shares: the router's scores as shares of 1, float32 [B, T, E].
+    """
+
+    ids: Array
+    weights: Array
+    shares: Array
+
+
+def expert_loss(sums: ExpertSums, weights: Array) -> Array:
+    """What a training loss that is summed over tokens must add; a float32 scalar.
+
+    Args:
+        sums: of the layers.
+        weights: of the tokens in the loss, float32 [B, T].
+    """
+    return jnp.sum(sums.loss * jnp.sum(weights, axis=1))
+
+
+def load_imbalance(load: Array) -> Array:
+    """The load of the busiest expert over the mean, in the worst layer; 1 is even.
+
+    Args:
+        load: of `ExpertSums`, [layers, E], summed over all that shall count together.
+
+    >>> float(load_imbalance(jnp.array([[2, 2, 2, 2], [6, 2, 0, 0]])))
+    3.0
+    """
+    load = load.astype(jnp.float32)
+    mean = jnp.maximum(jnp.mean(load, axis=1), 1e-9)
+    return jnp.max(jnp.max(load, axis=1) / mean)
+
+
+class Experts(nnx.Module):
+    """Router, experts and shared experts of one layer.
+
+    `Hooks.experts` may move tokens to experts in its own way; all else is here.
+    """
+
+    def __init__(self, config: ModelConfig, init: Init) -> None:
+        self.settings = settings = config.experts
+        sizes = {"experts": settings.count}
+        embed, mlp = {"embed": config.embed}, {"mlp": config.expert_mlp}
+        std = config.init_std
+        self.router = init.normal("router", std, **embed, **sizes)
+        self.bias = init.constant(0.0, **sizes) if settings.balance == "bias" else None
+        gated = config.activation == "swiglu"
+        self.w_gate = init.normal("w_gate", std, **sizes, **embed, **mlp) if gated else None
+        self.w_up = init.normal("w_up", std, **sizes, **embed, **mlp)
+        self.w_down = init.normal("w_down", residual_std(config), **sizes, **mlp, **embed)
+        # As wide as all of them together: one MLP is the sum of narrower ones.
+        wide = dataclasses.replace(config, mlp=max(settings.shared, 1) * config.expert_mlp)
+        self.shared = Mlp(wide, init.at("shared")) if settings.shared else None
+
+    def __call__(
+        self, x: Array, hooks: Hooks, length: str | None, sums: ExpertSums | None
+    ) -> tuple[Array, ExpertSums | None]:
+        """Map ``x`` [B, T, D] to [B, T, D].
+
+        Args:
+            x: activations.
+            hooks: ``constrain`` and ``experts`` are used.
+            length: names the second dim.
+            sums: of the layers before. None in generation: nothing is reported, and nothing
+                dropped, as what is dropped would depend on how many tokens are read at a time.
+
+        Returns:
+            [B, T, D], and the sums with this layer's.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        logits = float32_logits("btd,de->bte", x, self.router[...])
+        logits = hooks.constrain(logits, ("batch", length, None))
+        routing = route(self.settings, logits, bias)
+        capacity = None if sums is None else self.settings.capacity(x.shape[1])
+        weights = {"w_up": self.w_up[...], "w_down": self.w_down[...]}
+        if self.w_gate is not None:
+            weights["w_gate"] = self.w_gate[...]
+        apply = hooks.experts or apply_experts
+        y = apply(x, routing.ids, routing.weights, weights, capacity=capacity)
+        if self.shared is not None:
+            y += self.shared(x, hooks, length)
+        if sums is not None:
+            sums = sums.plus(*_report(self.settings, logits, routing, bias, capacity))
+        return y, sums
+
+
+def route(settings: ExpertConfig, logits: Array, bias: Array | None = None) -> Routing:
+    """Choose each token's experts, and weigh them.
+
+    Args:
+        settings: scoring, number of choices, normalisation.
+        logits: of the router, float32 [B, T, E].
+        bias: added to the scores for the choice alone, [E].
+
+    Scores are the softmax of the logits, or their sigmoid (DeepSeek-V3 2024, section 2.1.2). The
+    best are chosen first and normalised then: for a softmax that is the softmax over the chosen
+    logits (Jiang et al. 2024, Mixtral). All of it works on the logarithms of scores, where
+    dividing by a sum is a softmax, and where small sigmoids neither vanish nor tie.
+    """
+    softmax = settings.scoring == "softmax"
+    log_scores = (jax.nn.log_softmax if softmax else jax.nn.log_sigmoid)(logits)
+    ranked = jax.lax.stop_gradient(log_scores)
+    if bias is not None:
+        ranked = jnp.exp(ranked) + jax.lax.stop_gradient(bias).astype(jnp.float32)[None, None]
+    ids = jax.lax.top_k(ranked, settings.top_k)[1]
+    chosen = _pick(log_scores, ids)
+    return Routing(
+        ids=ids,
+        weights=jax.nn.softmax(chosen, axis=-1) if settings.normalise else jnp.exp(chosen),
+        shares=jax.nn.softmax(log_scores, axis=-1),
+    )
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _pick(scores: Array, ids: Array) -> Array:
+    """``scores`` [B, T, E] at ``ids`` [B, T, k].
+
+    By comparison with every expert, as a gather's transpose is a slow scatter; recomputed, as the
+    backward pass would otherwise keep the comparisons, [B, T, k, E].
+    """
+    return jnp.sum(jnp.where(_hits(ids, scores.shape[-1]), scores[:, :, None], 0.0), axis=-1)
+
+
+def _hits(ids: Array, count: int) -> Array:
+    """Whether each choice is each expert: bool [..., E]."""
+    return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, (*ids.shape, count), ids.ndim)
+
+
+def _report(
+    settings: ExpertConfig,
+    logits: Array,
+    routing: Routing,
+    bias: Array | None,
+    capacity: int | None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What one layer adds to `ExpertSums`.
+
+    With f the load of an expert over the mean load and P its mean share, both in one row:
+
+    - balance: ``sum_e f_e * P_e``, 1 where either is even (Fedus et al. 2022, eq. 4, for one
+      choice; by row and for several: DeepSeek-V2 2024, section 2.2.3);
+    - z: the mean of ``logsumexp(logits)²`` (Zoph et al. 2022, ST-MoE, eq. 5).
+    """
+    count, length = settings.count, logits.shape[1]
+    counts = jnp.sum(_hits(routing.ids, count), axis=(1, 2), dtype=jnp.int32)
+    load = counts.astype(jnp.float32) * (count / (length * settings.top_k))
+    balance = jnp.sum(load * jnp.mean(routing.shares, axis=1), axis=-1)
+    z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), axis=-1)
+    loss = settings.z_weight * z
+    if settings.balance == "loss":
+        loss += settings.balance_weight * balance
+    elif bias is not None:
+        bias = bias.astype(jnp.float32)
+        zero = (bias - jax.lax.stop_gradient(bias))[None]
+        loss += settings.balance_weight * jnp.sum(zero * (load - 1), axis=-1)
+    kept = counts if capacity is None else jnp.minimum(counts, capacity)
+    return loss, balance, z, jnp.sum(counts, axis=0), jnp.sum(counts - kept)
+
+
+def apply_experts(
+    x: Array, ids: Array, weights: Array, params: Mapping[str, Array], *, capacity: int | None
+) -> Array:
+    """Send tokens through their experts and sum what comes back, on one device.
+
+    Args:
+        x: activations [B, T, D].
+        ids: the experts of each token, all different, int32 [B, T, k].
+        weights: of their outputs, float32 [B, T, k].
+        params: ``w_up`` [E, D, M], ``w_down`` [E, M, D] and, if gated, ``w_gate`` [E, D, M].
+        capacity: tokens that an expert takes from each row, the first in the row's order; the
+            others' part of the sum is 0. None: all.
+
+    Returns:
+        [B, T, D] in the dtype of ``x``.
+    """
+    if capacity is None:
+        return _dropless(x, ids, weights, params)
+    rows, _, embed = x.shape
+    count = params["w_up"].shape[0]
+    take, back = jax.vmap(functools.partial(_slots, count=count, capacity=capacity))(ids)
+    spread, choices = jax.vmap(_spread), ids.shape[-1]
+    gates = spread(weights.reshape(rows, -1, 1), take, back.reshape(rows, -1, 1))
+    sent = spread(x, take // choices, back)
+
+    def matmul(x: Array, w: Array) -> Array:
+        return jnp.einsum("becd,edm->becm", x, w)
+
+    slots = (rows, count, capacity)
+    out = _mlp(matmul, sent.reshape(*slots, embed), gates.reshape(*slots, 1), params)
+    return jax.vmap(_collect)(out.reshape(rows, -1, embed), take // choices, back)
+
+
+def _dropless(x: Array, ids: Array, weights: Array, params: Mapping[str, Array]) -> Array:
+    choices, count = ids.shape[-1], params["w_up"].shape[0]
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    back = jnp.argsort(order).reshape(-1, choices)
+    sizes = jnp.sum(_hits(flat, count), axis=0, dtype=jnp.int32)
+    gates = _spread(weights.reshape(-1, 1), order, back.reshape(-1, 1))
+    sent = _spread(x.reshape(-1, x.shape[-1]), order // choices, back)
+    matmul = functools.partial(grouped_matmul, sizes=sizes)
+    out = _mlp(matmul, sent, gates, params)
+    return _collect(out, order // choices, back).reshape(x.shape)
+
+
+def _mlp(
+    matmul: Callable[[Array, Array], Array], x: Array, gates: Array, params: Mapping[str, Array]
+) -> Array:
+    """The experts' MLPs, their outputs times ``gates`` [..., 1].
+
+    Multiplied in before the last matmul, which commutes with it: backward then needs the hidden
+    layer, which is kept anyway, and not the outputs.
+    """
+    up = matmul(x, params["w_up"])
+    if "w_gate" in params:
+        hidden = jax.nn.silu(matmul(x, params["w_gate"])) * up
+    else:
+        hidden = jax.nn.gelu(up, approximate=True)
+    return matmul(hidden * gates.astype(hidden.dtype), params["w_down"])
+
+
+def _slots(ids: Array, *, count: int, capacity: int) -> tuple[Array, Array]:
+    """The buffers of one row: what each slot holds, and where each choice went.
+
+    Args:
+        ids: [T, k].
+        count: E.
+        capacity: C.
+
+    Returns:
+        (choice in each slot of expert 0, expert 1, …, [E * C], T * k in an empty one; slot of
+        each choice, [T, k], E * C where it found no room).
+    """
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    hits = _hits(flat, count)
+    counts = jnp.sum(hits, axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(counts) - counts
+    place = jnp.arange(capacity, dtype=jnp.int32)[None]
+    held = jnp.take(order, starts[:, None] + place, mode="clip").astype(jnp.int32)
+    take = jnp.where(place < counts[:, None], held, flat.size).reshape(-1)
+    rank = jnp.argsort(order).astype(jnp.int32) - jnp.sum(jnp.where(hits, starts[None], 0), axis=1)
+    back = jnp.where(rank < capacity, flat * capacity + rank, count * capacity)
+    return take, back.reshape(ids.shape)
+
+
+@jax.custom_vjp
+def _spread(x: Array, take: Array, back: Array) -> Array:
+    """Rows of ``x`` [N, D] at ``take`` [S]: [S, D], zeros where that is N.
+
+    ``back`` [N, k] holds the inverse: where in the result row n is, S for nowhere.
+    """
+    del back
+    return jnp.take(x, take, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _collect(y: Array, take: Array, back: Array) -> Array:
+    """The transpose of `_spread`: row n of the result is the sum of ``y`` [S, D] at back[n]."""
+    del take
+    found = jnp.take(y, back, axis=0, mode="fill", fill_value=0)
+    return jnp.sum(found.astype(jnp.float32), axis=1).astype(y.dtype)
+
+
+_spread.defvjp(
+    lambda x, take, back: (_spread(x, take, back), (take, back)),
+    lambda kept, grad: (_collect(grad, *kept), None, None),
+)
+_collect.defvjp(
+    lambda y, take, back: (_collect(y, take, back), (take, back)),
+    lambda kept, grad: (_spread(grad, *kept), None, None),
+)
+
+
+@jax.custom_vjp
+def grouped_matmul(x: Array, w: Array, sizes: Array) -> Array:
+    """Multiply each group of rows with its own matrix, by `jax.lax.ragged_dot`.
+
+    Args:
+        x: [S, D], the rows of group 0 first, then those of group 1, …
+        w: [E, D, M].
+        sizes: rows of each group, int32 [E]; they sum to S.
+
+    Returns:
+        [S, M]. May be mapped by vmap over any of its arguments, which ragged_dot may not: it
+        wants all or none to be. Where the mapped dim is split over devices, TPU's compiler
+        gathers it whole: the kernel knows no batches. Call this inside `jax.shard_map` there, or
+        use the capacity form.
+    """
+    return _ragged("forward")(x, w, sizes)
+
+
+def _grouped_forward(x: Array, w: Array, sizes: Array) -> Any:
+    return grouped_matmul(x, w, sizes), (x, w, sizes)
+
+
+def _grouped_backward(kept: Any, grad: Array) -> tuple[Array, Array, None]:
+    x, w, sizes = kept
+    return _ragged("inputs")(grad, w, sizes), _ragged("weights")(x, grad, sizes), None
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+# Contracting dims, ragged dim of the first operand, group dims of the second.
+_RAGGED = {
+    "forward": ((1,), (1,), [0], [0]),
+    "inputs": ((1,), (2,), [0], [0]),
+    "weights": ((0,), (0,), [0], []),
+}
+
+
+@functools.cache
+def _ragged(form: str) -> Callable[[Array, Array, Array], Array]:
+    """One of the three products of a grouped matmul, for any number of mapped dims."""
+    left, right, ragged, groups = _RAGGED[form]
+    numbers = jax.lax.RaggedDotDimensionNumbers(((left, right), ((), ())), ragged, groups)
+
+    def plain(a: Array, b: Array, sizes: Array) -> Array:
+        return jax.lax.ragged_dot_general(a, b, sizes, numbers)
+
+    def flat(a: Array, b: Array, sizes: Array) -> Array:
+        # The TPU's kernel takes no batch dim; the groups of all members are groups, though.
+        found = plain(*(arg.reshape(-1, *arg.shape[2:]) for arg in (a, b, sizes)))
+        return found.reshape(a.shape[0], -1, *found.shape[1:])
+
+    @jax.custom_batching.custom_vmap
+    def batched(a: Array, b: Array, sizes: Array) -> Array:
+        return jax.lax.platform_dependent(a, b, sizes, tpu=flat, default=jax.vmap(plain))
+
+    single = jax.custom_batching.custom_vmap(plain)
+
+    def whole(size: int, mapped: list[bool], args: tuple[Array, ...]) -> list[Array]:
+        return [
+            arg if is_mapped else jnp.broadcast_to(arg, (size, *arg.shape))
+            for arg, is_mapped in zip(args, mapped, strict=True)
+        ]
+
+    @single.def_vmap
+    def _(size: int, mapped: list[bool], *args: Array) -> tuple[Array, bool]:
+        return batched(*whole(size, mapped, args)), True
+
+    @batched.def_vmap
+    def _(size: int, mapped: list[bool], *args: Array) -> tuple[Array, bool]:
+        args = tuple(arg.reshape(-1, *arg.shape[2:]) for arg in whole(size, mapped, args))
+        found = batched(*args)
+        return found.reshape(size, -1, *found.shape[1:]), True
+
+    return single

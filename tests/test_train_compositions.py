@@ -1,0 +1,124 @@
+"""Every composition of parallelisms is one device: gradients, losses and initial values.
+
+Single axes and pairs always, three and four axes with ``--all-compositions``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_train_parity import LIMIT, config
+
+from meshwright.models.config import ExpertConfig
+from meshwright.train.compositions import WAYS, Composition, compositions
+from meshwright.train.config import TrainConfig
+from meshwright.train.parity import Case, Result, compare, run_case
+
+STEPS = 10
+
+
+def base() -> TrainConfig:
+    """Grouped heads, and gradients that are clipped."""
+    run = config()
+    model = replace(run.model, heads=16, kv_heads=8, head_dim=2)
+    return replace(run, model=model, optimizer=replace(run.optimizer, clip_norm=0.1))
+
+
+@functools.cache
+def batches() -> tuple[dict[str, np.ndarray], ...]:
+    """Random tokens; rows of very different weight, so that a mean of means would show."""
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(STEPS):
+        tokens = rng.integers(0, 64, (16, 17)).astype(np.int32)
+        counted = rng.random((16, 16)) < np.linspace(0.05, 1.0, 16)[:, None]
+        rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        found.append({**rows, "weights": counted.astype(np.float32)})
+    return tuple(found)
+
+
+@functools.cache
+def one_device() -> Result:
+    return run_case(base(), Case("data=1"), batches())
+
+
+def check(composition: Composition) -> None:
+    found = compare(one_device(), run_case(base(), composition.case, batches()))
+    assert found.initial_equal
+    assert found.gradient < LIMIT
+    assert found.loss < LIMIT
+
+
+@pytest.mark.parametrize("composition", [*compositions(1), *compositions(2)], ids=str)
+def test_one_axis_and_pairs(composition: Composition) -> None:
+    check(composition)
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize("composition", [*compositions(3), *compositions(4)], ids=str)
+def test_three_and_four_axes(composition: Composition) -> None:
+    check(composition)
+
+
+@functools.cache
+def experts() -> TrainConfig:
+    """A mixture that drops tokens, with a shared expert and a dense first layer."""
+    run = base()
+    mixture = ExpertConfig(count=4, top_k=2, mlp=32, shared=1, capacity_factor=1.0, first_dense=1)
+    return replace(run, model=replace(run.model, layers=3, experts=mixture))
+
+
+@functools.cache
+def experts_on_one_device() -> Result:
+    return run_case(experts(), Case("data=1"), batches())
+
+
+def without_context(count: int) -> list[Composition]:
+    return [found for found in compositions(count) if "context" not in found.case.mesh]
+
+
+def check_experts(composition: Composition) -> None:
+    found = compare(experts_on_one_device(), run_case(experts(), composition.case, batches()))
+    assert found.initial_equal and found.gradient < LIMIT and found.loss < LIMIT
+
+
+@pytest.mark.parametrize("composition", without_context(1), ids=str)
+def test_experts_on_one_axis(composition: Composition) -> None:
+    check_experts(composition)
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize("composition", [*without_context(2), *without_context(3)], ids=str)
+def test_experts_on_more_axes(composition: Composition) -> None:
+    check_experts(composition)
+
+
+def test_the_yardstick_is_clipped_and_the_losses_move() -> None:
+    found = one_device()
+    squares = [float(np.sum(leaf**2)) for leaf in np_leaves(found.gradients)]
+    assert np.sqrt(sum(squares)) > base().optimizer.clip_norm
+    assert len(found.losses) == STEPS and len(set(found.losses)) == STEPS
+
+
+def test_every_pair_of_ways_meets_in_a_pair() -> None:
+    met = {frozenset(found.ways) for found in compositions(2)}
+    for axis, ways in WAYS.items():
+        for other, others in WAYS.items():
+            if axis != other:
+                assert all({way, more} in met for way in ways for more in others)
+
+
+def test_settings_vary_over_the_list() -> None:
+    cases = [found.case for count in (2, 3) for found in compositions(count)]
+    for field in ("remat", "order", "grad_accum", "accumulate"):
+        assert len({getattr(case, field) for case in cases}) > 1
+    assert all(np.prod([int(part.split("=")[1]) for part in c.mesh.split(",")]) == 8 for c in cases)
+
+
+def np_leaves(tree: object) -> list[np.ndarray]:
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in np_leaves(value)]
+    return [np.asarray(tree)]

@@ -1,0 +1,93 @@
+"""Every way to combine parallelisms, as cases to compare with one device.
+
+A mesh axis is used in one of a few *ways*: the data axis for plain data parallelism or a ZeRO
+stage, the tensor axis with or without sequence parallelism, the context axis with one of three
+kinds of attention. A composition is a choice of axes and a way for each, so *all* of them can be
+listed, and a new way is in every list as soon as it is in `WAYS`. What a composition leaves open
+(microbatches, how they are summed, the order of tokens, what is recomputed) is dealt round over the
+list, so that neighbours differ; each setting meets each way many times over.
+
+The tests hold single axes and pairs in the default run and triples on request; ``meshwright bench
+parity`` prints them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.train.parity import Case
+
+__all__ = ["WAYS", "Composition", "compositions"]
+
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "data": {"data": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}},
+    "fsdp": {"fsdp": {}},
+    "context": {
+        "context-ring": {"context": "ring"},
+        "context-gather": {"context": "gather"},
+        "context-ulysses": {"context": "ulysses"},
+    },
+    "tensor": {"tensor": {}, "sequence": {"sequence": True}},
+}
+"""Axis → name of a way to use it → the fields of a `Case` that say so."""
+
+_DEVICES = 8
+_ORDERS = ("zigzag", "striped", "contiguous")
+_REMAT = ("none", "full", "dots", "save-attention")
+_SUMS = (
+    {"grad_accum": 1},
+    {"grad_accum": 2},
+    {"grad_accum": 2, "accumulate": "sharded"},
+)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Parallelisms together.
+
+    Attributes:
+        ways: their names, in the order of the mesh's axes.
+        case: a run of them on eight devices.
+    """
+
+    ways: tuple[str, ...]
+    case: Case
+
+    def __str__(self) -> str:
+        return " ".join(self.ways)
+
+
+def compositions(count: int) -> Iterator[Composition]:
+    """All compositions of so many axes, on 8 devices.
+
+    >>> [str(found) for found in compositions(4)][:2]
+    ['data fsdp context-ring tensor', 'data fsdp context-ring sequence']
+    >>> [len(list(compositions(count))) for count in (1, 2, 3, 4)]
+    [9, 29, 39, 18]
+    """
+    number = 0
+    for axes in itertools.combinations(WAYS, count):
+        for ways in itertools.product(*(WAYS[axis] for axis in axes)):
+            fields: dict[str, Any] = {}
+            for axis, way in zip(axes, ways, strict=True):
+                fields |= WAYS[axis][way]
+            fields |= _SUMS[number % len(_SUMS)]
+            fields["remat"] = _REMAT[number % len(_REMAT)]
+            if "context" in axes:
+                fields["order"] = _ORDERS[number // 2 % len(_ORDERS)]
+            sizes = _sizes(count, number)
+            mesh = ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
+            yield Composition(ways, Case(mesh, **fields))
+            number += 1
+
+
+def _sizes(count: int, number: int) -> list[int]:
+    """Axis sizes that multiply to the devices, none of them one where that is possible."""
+    if count > 3:
+        return [2, 2, 2, *[1] * (count - 3)]
+    sizes = [2] * count
+    sizes[number % count] *= _DEVICES // 2**count
+    return sizes
