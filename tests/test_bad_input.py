@@ -141,10 +141,13 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
         ("--grad-accum 4", "each microbatch has 2 rows .* = 4 parts\n.*--batch-size 16"),
         (
             "--seq-len 33 --rules activations.length=fsdp --rules activations.batch=data",
-            "33 is not divisible by 4 .2 blocks a device.\n.*--seq-len 32 or 36",
+            "33 is not divisible by 4 .2 blocks a device.\n.*rows of 32 or 36 tokens",
         ),
         # Rows whose length is split, and what goes with them.
-        ("--mesh context=8 --seq-len 24", "24 is not divisible by 16 .*\n.*rows of 16 or 32 tokens"),
+        (
+            "--mesh context=8 --seq-len 24",
+            "24 is not divisible by 16 .*\n.*rows of 16 or 32 tokens",
+        ),
         (
             "--mesh data=2,context=4 --context.kind ulysses --model.heads 2 --model.kv-heads 2",
             "exchange 2 query heads .*\n.*\n.*not divisible by 4\n.*use context of 1, 2, or",
