@@ -56,14 +56,15 @@ class Block(nnx.Module):
         hooks = shared.hooks
         read = hooks.reshard(self.attn_norm(x), shared.stream, shared.inside)
         mixed, cache = self.attn(read, shared, cache)
-        x += hooks.constrain(mixed, shared.stream)
+        x += hooks.reshard(mixed, shared.inside, shared.stream, sums=True)
         read = hooks.reshard(self.mlp_norm(x), shared.stream, shared.inside)
         if self.experts is not None:
             worked, sums = self.experts(read, hooks, shared.length, sums)
         else:
             assert self.mlp is not None
             worked = self.mlp(read, hooks, shared.length)
-        return x + hooks.constrain(worked, shared.stream), cache, sums
+        worked = hooks.reshard(worked, shared.inside, shared.stream, sums=True)
+        return x + worked, cache, sums
 
 
 class Decoder(nnx.Module):

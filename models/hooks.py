@@ -56,10 +56,14 @@ def constrain_nothing(x: Array, dims: tuple[str | None, ...]) -> Array:
 
 
 def reshard_nothing(
-    x: Array, before: tuple[str | None, ...], after: tuple[str | None, ...]
+    x: Array,
+    before: tuple[str | None, ...],
+    after: tuple[str | None, ...],
+    *,
+    sums: bool = False,
 ) -> Array:
     """Leave the layout of ``x`` to the compiler."""
-    del before, after
+    del before, after, sums
     return x
 
 
@@ -200,8 +204,9 @@ class Hooks:
 
     Attributes:
         constrain: (x, names of its dims, None for a dim that stays whole) → x.
-        reshard: (x, names of its dims, their names from here on) → x, where a region begins that
-            may split its dims otherwise.
+        reshard: (x, names of its dims, their names from here on) → x, where a region begins, or
+            with ``sums=True`` ends, that may split its dims otherwise; where it ends, x may be
+            partial sums.
         attention: as `dot_product`.
         look_up: as `take_rows`.
         score: as `project_all`; what it returns, the model returns. A loss taken in here never
@@ -214,9 +219,7 @@ class Hooks:
     """
 
     constrain: Callable[[Array, tuple[str | None, ...]], Array] = constrain_nothing
-    reshard: Callable[[Array, tuple[str | None, ...], tuple[str | None, ...]], Array] = (
-        reshard_nothing
-    )
+    reshard: Callable[..., Array] = reshard_nothing
     attention: Callable[..., Array] = dot_product
     look_up: Callable[[Array, Array], Array] = take_rows
     score: Callable[[Array, Callable[[Array], Array]], Any] = project_all

@@ -70,7 +70,12 @@ class Constrain:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def reshard(
-        self, x: jax.Array, before: Sequence[str | None], after: Sequence[str | None]
+        self,
+        x: jax.Array,
+        before: Sequence[str | None],
+        after: Sequence[str | None],
+        *,
+        sums: bool = False,
     ) -> jax.Array:
         """Take an activation from one layout to another; its gradient goes the opposite way.
 
@@ -80,24 +85,26 @@ class Constrain:
         Args:
             x: an activation.
             before, after: names of its dims in the two layouts.
+            sums: whether it may be partial sums, which are then summed into the new layout alone;
+                its gradient is gathered once, for all that reads it.
         """
         self.used.update(name for name in (*before, *after) if name)
         mesh = MeshSpec.of(self.mesh)
         specs = [
             resolve_dims(dims, x.shape, self.rules, mesh, "activations") for dims in (before, after)
         ]
-        if specs[0] == specs[1]:
-            return x
         old, new = (NamedSharding(self.mesh, spec) for spec in specs)
+        put = jax.lax.with_sharding_constraint
+        if specs[0] == specs[1]:
+            return put(x, new) if sums else x
 
         @jax.custom_vjp
         def moved(x: jax.Array) -> jax.Array:
             # Held where it is first, so that what made it is not resharded instead.
-            held = jax.lax.with_sharding_constraint(x, old)
-            return jax.lax.with_sharding_constraint(held, new)
+            return put(x if sums else put(x, old), new)
 
         def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
-            return (jax.lax.with_sharding_constraint(grad, old),)
+            return (put(put(grad, new) if sums else grad, old),)
 
         moved.defvjp(lambda x: (moved(x), None), backward)
         return moved(x)

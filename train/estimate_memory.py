@@ -52,6 +52,9 @@ COUNTER_BYTES = 4 * 4 + 8
 """Of a train state besides parameters and optimizer: four scalars and the key."""
 
 _IN_ORDER = ("a100",)  # XLA's schedules for Hopper and later run more ahead than those for Ampere
+# Between the regions of tensor parallelism: gathered inputs, their gradients and outputs that wait
+# for their scatter, in units of a whole activation; as H100's and v5e's compilers have it.
+_WHOLE_ROWS = 5
 _MARGIN = "margin of the closed forms"
 
 
@@ -91,6 +94,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
+    whole_rows: float = 0.0  # what is gathered of a stream that is split, and not yet scattered
     ahead: bool = True  # a layer taken out of the loop is scheduled among what comes before it
 
 
@@ -229,6 +233,7 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
+        whole_rows=_WHOLE_ROWS * embed if split("sequence") > 1 else 0.0,
     )
 
 
@@ -244,18 +249,18 @@ def _loss(
         found["logits"] = 4 * sizes.logits
         found["head and its gradient"] = 2 * sizes.table
         found["cast weights"] = sizes.casts
-        found["window"] = 3 * sizes.stream
+        found["window"] = 3 * sizes.stream + sizes.whole_rows
         return found
     found["logits"] = (4 + itemsize) * sizes.logits
     found["gradients"] = sizes.layers_gradients  # zeros, made early
     if not sizes.peels:
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
-        found["window"] = 4 * sizes.stream
+        found["window"] = 4 * sizes.stream + sizes.whole_rows
         return found
     # A working copy holds the head already, and is laid out anew for the loop as a whole.
     found["head"] = 0.0 if sizes.copies else sizes.table
     found["transposed weights"] = sizes.copies or _last_dim_masters(placement)
-    found["window"] = sizes.layer + 4 * sizes.stream
+    found["window"] = sizes.layer + 4 * sizes.stream + sizes.whole_rows
     if not fused and placement.config.model.remat == "none":
         found["scores"] = _hole(placement, sizes)
     elif not fused and sizes.ahead and placement.split("vocab") == 1:
@@ -301,6 +306,7 @@ def _backward(
         attention
         + 2 * sizes.mlp_weight  # gradients of gate and up, not reduced yet
         + recomputed * sizes.hidden
+        + sizes.whole_rows
         + streams * sizes.stream  # float32 norms and their gradients, and the compute dtype's
     )
     return found
