@@ -168,22 +168,18 @@ def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
 
 
 def _check_token_axes(rules: Rules) -> None:
-    """Check that no axis splits tokens and another dim of an activation as well."""
-    tokens = ("batch", "length")
-    users: dict[str, list[str]] = {}
-    for dim in (*tokens, *rules.known_dims("activations")):
-        rule = rules.lookup("activations", dim)
-        for axis in rule.axes if rule and dim != "sequence" else ():
-            if dim not in users.setdefault(axis, []):
-                users[axis].append(dim)
-    for axis, dims in users.items():
-        if len(dims) > 1 and dims[0] in tokens:
+    """Check that no axis splits the length of rows and another dim of an activation as well."""
+    length = rules.lookup("activations", "length")
+    for axis in length.axes if length else ():
+        for dim in rules.known_dims("activations"):
+            rule = rules.lookup("activations", dim)
+            if dim in ("length", "sequence") or rule is None or axis not in rule.axes:
+                continue
             raise PlacementError(
-                f"cannot split two dims of `activations {' and '.join(dims)}` over the same axis "
+                f"cannot split two dims of `activations length and {dim}` over the same axis "
                 f"`{axis}`",
                 why="each device along an axis holds one part, so an axis splits one dim",
-                fix="keep all but one of them whole: "
-                + " ".join(f"--rules activations.{dim}=none" for dim in dims[1:]),
+                fix=f"keep one of them whole: --rules activations.{dim}=none",
             )
 
 
