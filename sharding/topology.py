@@ -23,6 +23,7 @@ explains when it cannot. jax is imported only inside the methods that need devic
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +31,13 @@ from typing import Any, Literal
 from meshwright.sharding.chips import CHIPS
 from meshwright.sharding.errors import TopologyError, did_you_mean
 
-__all__ = ["GPU_CHIPS", "TPU_CHIPS", "Topology"]
+__all__ = ["GPU_CHIPS", "IN_ORDER", "TPU_CHIPS", "Topology"]
+
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""XLA flag that keeps simulated devices to one order of operations. Without it, in programs that
+come from the compilation cache, XLA for CPUs runs collectives inside a loop beside others outside
+of it, and may take one for the other: wrong numbers, or a process that hangs and is aborted after
+40 seconds (jaxlib 0.10.2). Steps take no longer with it."""
 
 TPU_CHIPS = {name: chip.torus_dims for name, chip in CHIPS.items() if chip.kind == "tpu"}
 """TPU generations and the number of numbers their slice shape has (the torus dimensions)."""
@@ -228,9 +235,14 @@ def _suggest(word: str, chips: list[str]) -> str:
 def _simulate(count: int, platform: str | None = None) -> None:
     """Ask jax for ``count`` CPU devices if its backend has not started; else do nothing.
 
-    ``jax_num_cpu_devices`` is used because it overrides any count in XLA_FLAGS.
+    ``jax_num_cpu_devices`` is used because it overrides any count in XLA_FLAGS. Those flags get
+    `IN_ORDER`, unless they say something about it already.
     """
     import jax
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    if IN_ORDER.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {IN_ORDER}".strip()
 
     try:
         jax.config.update("jax_num_cpu_devices", count)

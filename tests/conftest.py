@@ -16,9 +16,12 @@ import hypothesis
 import jax
 import pytest
 
+from meshwright.sharding.topology import IN_ORDER
+
 DEVICES = 8
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright" / "tests"
 
+os.environ.setdefault("XLA_FLAGS", IN_ORDER)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", DEVICES)
 # A silent [D] + [B, D] broadcast is how a bias meant for one dim lands on another.
