@@ -168,6 +168,11 @@ class Rules:
         """The first rule of a table that matches a dim, or None."""
         return next((rule for rule in self.table(table) if rule.matches(dim)), None)
 
+    def axes_for(self, table: Table, dim: str) -> tuple[str, ...]:
+        """The axes that split a dim; none where no rule matches it."""
+        rule = self.lookup(table, dim)
+        return rule.axes if rule else ()
+
     def split(self, table: Table, dim: str, axis: str, source: str) -> Rules:
         """Add an axis to what already splits a dim: how strategies write.
 
@@ -265,8 +270,15 @@ class Rules:
         different tokens and needs all of the weight. So these are the axes weights are
         gathered over at use, and gradients summed over.
         """
-        rules = (self.lookup("activations", dim) for dim in ("batch", "length"))
-        return tuple(dict.fromkeys(axis for rule in rules if rule for axis in rule.axes))
+        found = (self.axes_for("activations", dim) for dim in ("batch", "length"))
+        return tuple(dict.fromkeys(axis for axes in found for axis in axes))
+
+    def stream_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the tokens of the stream between the regions of tensor parallelism,
+        besides those that split the length of rows everywhere."""
+        length = self.axes_for("activations", "length")
+        sequence = self.axes_for("activations", "sequence")
+        return tuple(axis for axis in sequence if axis not in length)
 
     def user_rules(self, table: Table) -> tuple[Rule, ...]:
         """The rules of a table that no strategy wrote."""

@@ -140,10 +140,11 @@ def sequence(axis: str = "tensor") -> Strategy:
     """Sequence parallelism: between the regions that `tensor` splits, tokens split over its axis.
 
     The residual stream and its norms hold 1/t of the tokens of a row. Each of `tensor`'s
-    all-reduces becomes an all-gather where a region begins and a reduce-scatter where it ends: the
+    all-reduces becomes an all-gather where a region begins and a reduce-scatter where it ends, the
     same 8ρA a layer and microbatch, and activations kept for the backward pass are a t-th
-    (Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, 2022). With
-    full recomputation 11ρA, the gathers being repeated. Fold it after `tensor`.
+    (Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, 2022).
+    Gathered inputs are gathered again there and not kept, 10ρA; with full recomputation 11ρA. Fold
+    it after `tensor`.
 
     Raises:
         RulesError: on folding, where ``axis`` has no `tensor`.

@@ -187,8 +187,5 @@ def _kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
 
 def _spec(rules: Rules, heads: str) -> PartitionSpec:
     """How [batch, length, heads, head_dim] is split; the length stays whole."""
-    entries = []
-    for dim in ("batch", heads):
-        rule = rules.lookup("activations", dim)
-        entries.append(rule.axes if rule and rule.axes else None)
-    return PartitionSpec(entries[0], None, entries[1])
+    rows, split = (rules.axes_for("activations", dim) or None for dim in ("batch", heads))
+    return PartitionSpec(rows, None, split)

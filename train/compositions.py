@@ -7,8 +7,7 @@ listed, and a new way is in every list as soon as it is in `WAYS`. What a compos
 (microbatches, how they are summed, the order of tokens, what is recomputed) is dealt round over the
 list, so that neighbours differ; each setting meets each way many times over.
 
-The tests hold single axes and pairs in the default run and triples on request; ``meshwright bench
-parity`` prints them all.
+The tests hold single axes and pairs in the default run, and three and four axes on request.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.token_layout import ContextKind, chunk_length
 from meshwright.train.context_attention import Exchanged, Gathered
-from meshwright.train.replicas import Replicas
+from meshwright.train.replicas import Replicas, real_axes
 from meshwright.train.ring import CHUNK, ChunkKernel, Ring
 
 __all__ = ["ContextAttention"]
@@ -194,17 +194,12 @@ class ContextAttention:
 
     @functools.cached_property
     def _heads(self) -> tuple[str, ...]:
-        return self._axes("heads")
-
-    def _axes(self, dim: str) -> tuple[str, ...]:
-        rule = self.rules.lookup("activations", dim)
-        axes = rule.axes if rule else ()
-        return tuple(axis for axis in axes if self.replicas.mesh.shape[axis] > 1)
+        return real_axes(self.rules, self.replicas.mesh, "heads")
 
     def _alike(self, q: jax.Array, keys: jax.Array) -> jax.Array:
         """Key heads repeated until the axes of the query heads split them too."""
         split = self.replicas.size(self._heads)
-        if self._axes("kv_heads") == self._heads:
+        if real_axes(self.rules, self.replicas.mesh, "kv_heads") == self._heads:
             return keys
         times = math.lcm(keys.shape[2], split) // keys.shape[2]
         if q.shape[2] % (keys.shape[2] * times):

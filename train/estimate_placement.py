@@ -165,8 +165,6 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         ]
     )
     activations = {dim: kept(axes) for dim, axes in names.activations.items()}
-    length = activations["length"]
-    activations["sequence"] = tuple(a for a in activations["sequence"] if a not in length)
     state = _moment_axes(config.optimizer, model, rules)
     rows = config.batch_size // config.grad_accum
     parts = [math.prod([sizes[axis] for axis in activations[dim]]) for dim in ("batch", "length")]
@@ -191,7 +189,8 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
 
 @lru_cache(maxsize=4096)
 def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
-    activations = {dim: _axes_of(rules, "activations", dim) for dim in _ACTIVATION_DIMS}
+    activations = {dim: rules.axes_for("activations", dim) for dim in _ACTIVATION_DIMS}
+    activations["sequence"] = rules.stream_axes()
     tokens = rules.token_axes()
     groups, checks = [], {}
     for group in groups_of(model):
@@ -200,7 +199,7 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
         )
         for table in ("optimizer", "params", "gradients"):
             for dim, size in group.dims:
-                if axes := _axes_of(rules, table, dim):
+                if axes := rules.axes_for(table, dim):
                     checks[dim, size, axes, table] = None
         compute = tuple(axis for axis in working if axis not in tokens)
         # A norm of the heads sees the heads of its own device only.
@@ -225,8 +224,8 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
 def _columns(groups: list[PlacedGroup], rules: Rules) -> Axes:
     """Axes over which the embedding's rows may be exchanged: they split its columns and rows of
     the batch, and its layout is one throughout the step."""
-    columns, ids = (_axes_of(rules, "params", dim) for dim in ("embed", "vocab"))
-    batch = _axes_of(rules, "activations", "batch")
+    columns, ids = (rules.axes_for("params", dim) for dim in ("embed", "vocab"))
+    batch = rules.axes_for("activations", "batch")
     for group, masters, _, _, reduced, _, copied, _ in groups:
         if group.layered or "vocab" not in dict(group.dims):
             continue
@@ -247,7 +246,7 @@ def _moment_axes(
 def _group_axes(group: WeightGroup, rules: Rules, table: Table) -> Axes:
     found: list[str] = []
     for dim, _ in group.dims:
-        for axis in _axes_of(rules, table, dim):
+        for axis in rules.axes_for(table, dim):
             if axis in found:
                 raise PlacementError(
                     f"cannot split two dims of `{group.name}` over the same axis `{axis}`",
@@ -257,11 +256,6 @@ def _group_axes(group: WeightGroup, rules: Rules, table: Table) -> Axes:
                 )
             found.append(axis)
     return tuple(found)
-
-
-def _axes_of(rules: Rules, table: Table, dim: str) -> Axes:
-    rule = rules.lookup(table, dim)
-    return rule.axes if rule else ()
 
 
 def _refuse_size(dim: str, size: int, axes: Axes, table: Table, parts: int, mesh: MeshSpec) -> None:

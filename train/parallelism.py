@@ -169,11 +169,10 @@ def check_batch(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
 
 def _check_token_axes(rules: Rules) -> None:
     """Check that no axis splits the length of rows and another dim of an activation as well."""
-    length = rules.lookup("activations", "length")
-    for axis in length.axes if length else ():
-        for dim in rules.known_dims("activations"):
-            rule = rules.lookup("activations", dim)
-            if dim in ("length", "sequence") or rule is None or axis not in rule.axes:
+    others = [d for d in rules.known_dims("activations") if d not in ("length", "sequence")]
+    for axis in rules.axes_for("activations", "length"):
+        for dim in others:
+            if axis not in rules.axes_for("activations", dim):
                 continue
             raise PlacementError(
                 f"cannot split two dims of `activations length and {dim}` over the same axis "
@@ -199,8 +198,7 @@ def _check_sequence(config: TrainConfig, rules: Rules, mesh: MeshSpec) -> None:
 
 def _splitting(rules: Rules, mesh: MeshSpec, dim: str) -> tuple[str, int]:
     """The axes that split an activation dim, in words, and into how many parts."""
-    rule = rules.lookup("activations", dim)
-    axes = rule.axes if rule else ()
+    axes = rules.axes_for("activations", dim)
     return (
         " × ".join(f"{axis}={mesh.sizes[axis]}" for axis in axes),
         math.prod(mesh.sizes[axis] for axis in axes),

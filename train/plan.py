@@ -127,8 +127,8 @@ class Plan:
         """
         kind = self.topology.kind
         here = kind != "gpu" or not compiled or _has_cudnn_wheel()
-        length = self.rules.lookup("activations", "length")
-        parts = math.prod(self.mesh.sizes[axis] for axis in (length.axes if length else ()))
+        length = self.rules.axes_for("activations", "length")
+        parts = math.prod(self.mesh.sizes[axis] for axis in length)
         return kernel_of(self.config, self.rules, kind if here else "cpu", parts)
 
     @property
@@ -318,16 +318,14 @@ class Plan:
 
     def _activations(self) -> frozenset[tuple[str, str]]:
         """How strategies move activations: see `PlanFacts.activations`."""
-        length, stream = (self.rules.lookup("activations", d) for d in ("length", "sequence"))
-        over = length.axes if length else ()
         kinds = {
             "ring": ("collective-permute",),
             "gather": ("all-gather", "reduce-scatter"),
             "ulysses": ("all-to-all", "all-gather"),
         }[self.config.context.kind]
-        found = {(kind, axis) for kind in kinds for axis in over}
-        inside = [axis for axis in (stream.axes if stream else ()) if axis not in over]
-        found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in inside}
+        length, stream = self.rules.axes_for("activations", "length"), self.rules.stream_axes()
+        found = {(kind, axis) for kind in kinds for axis in length}
+        found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in stream}
         return frozenset(found)
 
     def _model(self, kernel: str) -> dict[str, Any]:

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from meshwright.sharding.rules import Rules
 from meshwright.sharding.token_layout import TokenLayout, token_order
 from meshwright.train.layout import Layout
 
-__all__ = ["Batch", "Replicas", "batch_shardings"]
+__all__ = ["Batch", "Replicas", "batch_shardings", "real_axes"]
 
 Batch = dict[str, jax.Array]
 """``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
@@ -60,7 +61,7 @@ class Replicas:
     @classmethod
     def of(cls, layout: Layout, mesh: Mesh, order: TokenLayout, microbatches: int = 1) -> Replicas:
         """The replicas of a layout on its mesh, for a step of so many microbatches."""
-        rows, length = (_axes(layout, mesh, dim) for dim in ("batch", "length"))
+        rows, length = (real_axes(layout.rules, mesh, dim) for dim in ("batch", "length"))
         unreduced = layout.unreduced_axes(layout.reduced) if microbatches > 1 else ()
         split = (*rows, *length)
         apart = tuple(axis for axis in split if axis in unreduced)
@@ -173,8 +174,7 @@ def batch_shardings(layout: Layout, mesh: Mesh, names: Sequence[str]) -> dict[st
     A device reads the whole of its rows, also where a context axis splits their length: the order
     they are dealt in is the step's business, and a token is 4 bytes.
     """
-    rule = layout.rules.lookup("activations", "batch")
-    spec = PartitionSpec(None, rule.axes if rule and rule.axes else None)
+    spec = PartitionSpec(None, layout.rules.axes_for("activations", "batch") or None)
     return {name: NamedSharding(mesh, spec) for name in names}
 
 
@@ -200,6 +200,6 @@ def _lifted(call: Callable[..., Any], like: Callable[..., Any]) -> Callable[...,
     return alone
 
 
-def _axes(layout: Layout, mesh: Mesh, dim: str) -> tuple[str, ...]:
-    rule = layout.rules.lookup("activations", dim)
-    return tuple(axis for axis in (rule.axes if rule else ()) if mesh.shape[axis] > 1)
+def real_axes(rules: Rules, mesh: Mesh, dim: str) -> tuple[str, ...]:
+    """The axes of more than one device that split an activation dim."""
+    return tuple(axis for axis in rules.axes_for("activations", dim) if mesh.shape[axis] > 1)

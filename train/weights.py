@@ -84,8 +84,7 @@ class Weights:
             for name, leaf in shapes.items()
             if name != LAYERS and hasattr(leaf, "shape")
         }
-        stream, length = (layout.rules.lookup("activations", d) for d in ("sequence", "length"))
-        self.splits_stream = stream is not None and stream.axes != (length.axes if length else ())
+        self.splits_stream = bool(layout.rules.stream_axes())
         self.working_specs = layout.working.specs(shapes)
         self.master_specs = layout.masters.specs(shapes)
         self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
@@ -251,7 +250,7 @@ class Weights:
                 grad = self.torus.scatter(grad, axes, dim)
             return jax.lax.psum(grad, whole) if whole else grad
 
-        split = [axes_of(entry) for entry in (*compute, *[None] * (grads.ndim - 1 - len(compute)))]
+        split = _axes_by_dim(compute, grads.ndim - 1)
         for dim, axes in scattered.items():
             split[dim] = (*split[dim], *axes)
         out = PartitionSpec(*(axes or None for axes in split))
@@ -330,11 +329,13 @@ def _split_dims(
     ndim: int, held: PartitionSpec, spec: PartitionSpec
 ) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]]:
     """(dim, axes that split it in ``held``, axes that split it in ``spec``) of every dim."""
-    before, after = (
-        [axes_of(entry) for entry in (*layout, *[None] * (ndim - len(layout)))]
-        for layout in (held, spec)
-    )
+    before, after = _axes_by_dim(held, ndim), _axes_by_dim(spec, ndim)
     return [(dim, before[dim], after[dim]) for dim in range(ndim)]
+
+
+def _axes_by_dim(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """The axes that split each dim, also those that a spec leaves out at its end."""
+    return [axes_of(entry) for entry in (*spec, *[None] * (ndim - len(spec)))]
 
 
 def _map_specs(fn: Callable[[PartitionSpec], PartitionSpec], specs: Any) -> Any:
