@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -22,6 +24,8 @@ from meshwright.models.hooks import Hooks
 
 __all__ = ["Functional", "functional"]
 
+_LAYERS = "layers"
+
 
 @dataclass(frozen=True)
 class Functional:
@@ -30,6 +34,13 @@ class Functional:
     Params are nested dicts with string keys, such as ``params["layers"]["attn"]["wq"]``
     [layers, embed, heads, head_dim]. The trees of `dims` and `shapes` are made once and shared:
     read them only.
+
+    Attributes:
+        config: of the decoder.
+        places: which layer each place of the stacked layers holds, None for an empty place, as
+            `meshwright.sharding.schedule.layer_slots` deals them to stages; empty for all layers
+            in order. It is how params are *stored*: `apply` and `extend` run the layers they are
+            given as they come, so give them `in_order`, or hooks that know.
 
     >>> from meshwright.models.config import named
     >>> model = functional(named("llama3-70b"))
@@ -40,6 +51,7 @@ class Functional:
     """
 
     config: ModelConfig
+    places: tuple[int | None, ...] = ()
 
     def init(self, key: Array) -> dict[str, Any]:
         """Draw initial parameters, float32; the same for a key on any layout of devices.
@@ -47,7 +59,34 @@ class Functional:
         Under jit with output shardings, each device draws its own part only.
         """
         module = Decoder(self.config, nnx.Rngs(params=key))
-        return nnx.to_pure_dict(nnx.state(module))
+        return self.placed(nnx.to_pure_dict(nnx.state(module)))
+
+    def placed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters with all layers in order, as they are stored; zeros in empty places."""
+        if not self.places:
+            return params
+        where = jnp.array([-1 if layer is None else layer for layer in self.places])
+
+        def one(x: Array) -> Array:
+            live = (where >= 0).reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(live, jnp.take(x, where, axis=0, mode="clip"), 0)
+
+        return {**params, _LAYERS: jax.tree.map(one, params[_LAYERS])}
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which places of the stacked layers hold one, bool [places]."""
+        count = self.config.layers - self.config.experts.first_dense
+        return np.array([layer is not None for layer in self.places or range(count)])
+
+    def in_order(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Undo `placed`."""
+        if not self.places:
+            return params
+        count = sum(layer is not None for layer in self.places)
+        where = jnp.array([self.places.index(layer) for layer in range(count)])
+        layers = jax.tree.map(lambda x: jnp.take(x, where, axis=0), params[_LAYERS])
+        return {**params, _LAYERS: layers}
 
     def apply(
         self,
@@ -83,15 +122,16 @@ class Functional:
     @property
     def shapes(self) -> dict[str, Any]:
         """Shape and dtype of every parameter, as `jax.ShapeDtypeStruct`; nothing is drawn."""
-        return _described(self.config)[2]
+        shapes = _described(self.config)[2]
+        return jax.eval_shape(self.placed, shapes) if self.places else shapes
 
     def _module(self, params: dict[str, Any]) -> Decoder:
         return nnx.merge(_described(self.config)[0], params)
 
 
-def functional(config: ModelConfig) -> Functional:
-    """The pure functions of the decoder that ``config`` describes."""
-    return Functional(config)
+def functional(config: ModelConfig, places: tuple[int | None, ...] = ()) -> Functional:
+    """The pure functions of the decoder that ``config`` describes; places: see `Functional`."""
+    return Functional(config, places)
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,6 +8,7 @@ strategy       axis       what it writes
 `tensor`       tensor     params, gradients, optimizer, activations: vocab heads kv_heads mlp
 `sequence`     tensor     activations: sequence
 `context`      context    activations: length, sequence
+`pipeline`     stage      params, gradients, optimizer: layers; optimizer: vocab
 `zero1`        data       optimizer: embed
 `zero2`        data       optimizer, gradients: embed
 =============  =========  ===============================================================
@@ -39,6 +40,7 @@ __all__ = [
     "data",
     "fold",
     "fsdp",
+    "pipeline",
     "sequence",
     "tensor",
     "zero1",
@@ -179,6 +181,28 @@ def context(axis: str = "context") -> Strategy:
         for dim in ("length", "sequence"):
             rules = rules.split("activations", dim, axis, "context()")
         return _undeclared(rules, (), "context()", ("params", "gradients", "optimizer"))
+
+    return apply
+
+
+def pipeline(axis: str = "stage", *, dims: Sequence[str] = ("vocab",)) -> Strategy:
+    """Pipeline parallelism: layers split over ``axis``, microbatches passed from stage to stage.
+
+    An interior stage sends each microbatch's activation A on and its gradient back, 2mA a step
+    (v times that where v chunks of layers are interleaved); schedules and their idle time are in
+    `meshwright.sharding.schedule`. What is outside of the layers is worked on by all stages, each
+    a part of the tokens of the head; between steps its masters are split too, over ``dims``, and
+    gathered once a step: ρ(β_g + β_p) of its parameters. Fold it last, after `tensor`.
+    """
+
+    def apply(rules: Rules) -> Rules:
+        rules = _enter(rules, "pipeline", axis)
+        for table in ("params", "gradients", "optimizer"):
+            rules = rules.split(table, "layers", axis, "pipeline()")
+        for dim in dims:
+            rules = rules.split("optimizer", dim, axis, "pipeline()")
+        rules = _undeclared(rules, (), "pipeline()", ("params", "gradients", "optimizer"))
+        return replace(rules, splits_parameters=True)
 
     return apply
 

@@ -24,6 +24,7 @@ from meshwright.models.config import ModelConfig, named
 from meshwright.sharding.errors import ConfigError, RulesError, did_you_mean
 from meshwright.sharding.mesh import AXES, MeshSpec
 from meshwright.sharding.rules import Rules, Table
+from meshwright.sharding.schedule import ScheduleKind
 from meshwright.sharding.token_layout import ContextKind, TokenLayout
 from meshwright.sharding.topology import Topology
 
@@ -37,6 +38,7 @@ __all__ = [
     "LossConfig",
     "OptimizerConfig",
     "OptimizerName",
+    "PipelineConfig",
     "Schedule",
     "TrainConfig",
     "Zero",
@@ -188,6 +190,21 @@ class ContextConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How microbatches go through the stages that the layers are split over."""
+
+    schedule: ScheduleKind = "1f1b"
+    """1f1b: a microbatch goes back as soon as it has arrived; few are in memory. gpipe: all go
+    forward first. interleaved: each stage holds several groups of layers; less idle time."""
+    chunks: int = 2
+    """Groups of layers a stage holds where they are interleaved."""
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "pipeline.schedule", ScheduleKind)
+        _check_whole(self, "pipeline.chunks", 2)
+
+
+@dataclass(frozen=True)
 class GuardConfig:
     """When an update is skipped, and when the run gives up."""
 
@@ -244,6 +261,8 @@ class TrainConfig:
     """Split tokens over the tensor axis too, between the regions that it splits."""
     context: ContextConfig = field(default_factory=ContextConfig)
     """How attention crosses the context axis."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """How microbatches go through the stages."""
     rules: tuple[str, ...] = ()
     """A rule put before those of the strategies, such as params.mlp=tensor or, in all tables,
     vocab=none; axes are joined by +. Repeat the flag for more."""

@@ -24,7 +24,7 @@ from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout, resolve_layout
 from meshwright.train.optimizer import make_optimizer
-from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
+from meshwright.train.parallelism import check_batch, choose_mesh, choose_places, choose_rules
 from meshwright.train.state import abstract_state
 
 __all__ = [
@@ -113,7 +113,7 @@ def explain(config: TrainConfig, json_path: str | None = None) -> int:
     from rich.console import Console
 
     topology, mesh = _mesh_without_devices(config)
-    model = functional(config.model)
+    model = functional(config.model, choose_places(config, mesh))
     layout = layout_of(config, model, mesh)
     itemsize = 4 if config.dtype == "float32" else 2
     totals = totals_of(layout, grad_accum=config.grad_accum, compute_itemsize=itemsize)

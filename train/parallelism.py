@@ -13,24 +13,34 @@ from typing import Any
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
+from meshwright.sharding.schedule import Schedule, layer_slots
 from meshwright.sharding.strategies import (
     context,
     data,
     fold,
     fsdp,
+    pipeline,
     sequence,
     tensor,
     zero1,
     zero2,
 )
 from meshwright.sharding.token_layout import check_heads, check_length
-from meshwright.train.config import ContextConfig, TrainConfig
+from meshwright.train.config import ContextConfig, PipelineConfig, TrainConfig
 
-__all__ = ["check_batch", "choose_dtype", "choose_mesh", "choose_rules", "describe_devices"]
+__all__ = [
+    "check_batch",
+    "choose_dtype",
+    "choose_mesh",
+    "choose_places",
+    "choose_rules",
+    "choose_schedule",
+    "describe_devices",
+]
 
 _DEMO_MESH = "data=2,fsdp=2,tensor=2"
 _DEMO_DEVICES = 8
-_SUPPORTED = ("data", "fsdp", "context", "tensor")
+_SUPPORTED = ("stage", "data", "fsdp", "context", "tensor")
 
 
 def choose_mesh(config: TrainConfig, device_count: int, *, simulated: bool) -> MeshSpec:
@@ -78,7 +88,7 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
         "context": context(),
         "tensor": tensor(),
     }
-    strategies = [by_axis[axis] for axis in mesh.names]
+    strategies = [by_axis[axis] for axis in mesh.names if axis in by_axis]
     _check_settings(config, mesh)
     if config.sequence:
         strategies.append(sequence())
@@ -91,6 +101,9 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
                 fix="add data=2 (or more) to the mesh; fsdp splits everything already",
             )
         strategies.append(zero1() if config.zero == 1 else zero2())
+    if "stage" in mesh.names:
+        # Last: the vocabulary is split over its axis within what other axes split it into.
+        strategies.append(pipeline())
     rules = fold(*strategies)
     for text in config.rules:
         rules = rules.with_text(text)
@@ -114,6 +127,21 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
             "part of each row",
             fix="give the devices of the context axis to data, fsdp or tensor",
         )
+    staged, interleaved = "stage" in mesh.names, config.pipeline.schedule == "interleaved"
+    for name, used in (("schedule", staged), ("chunks", staged and interleaved)):
+        value = getattr(config.pipeline, name)
+        if used or value == getattr(PipelineConfig(), name):
+            continue
+        raise RulesError(
+            f"cannot use pipeline.{name}={value}",
+            where=f"mesh {mesh}, pipeline.schedule={config.pipeline.schedule}",
+            why="stages hold several groups of layers only where they are interleaved"
+            if staged
+            else "it says how microbatches cross the stage axis, and there is none",
+            fix=f"add --pipeline.schedule interleaved, or leave --pipeline.{name} out"
+            if staged
+            else f"add stage=2 (or more) to the mesh, or leave --pipeline.{name} out",
+        )
     default = ContextConfig()
     for name in ("kind", "order"):
         value = getattr(config.context, name)
@@ -124,6 +152,32 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
                 why="it says how attention crosses the context axis, and there is none",
                 fix=f"add context=2 (or more) to the mesh, or leave --context.{name} out",
             )
+
+
+def choose_schedule(config: TrainConfig, stages: int) -> Schedule:
+    """The schedule of a run over so many stages.
+
+    Raises:
+        PlacementError: microbatches that the stages cannot be filled with.
+    """
+    kind = config.pipeline.schedule
+    chunks = config.pipeline.chunks if kind == "interleaved" else 1
+    return Schedule(kind, stages, config.grad_accum, chunks)
+
+
+def choose_places(config: TrainConfig, mesh: MeshSpec) -> tuple[int | None, ...]:
+    """Where the layers are stored, for `meshwright.models.pure.Functional`; empty: in order.
+
+    Raises:
+        PlacementError: more groups of layers than layers, or too few microbatches.
+    """
+    stages = mesh.sizes.get("stage", 1)
+    if stages == 1:
+        return ()
+    chunks = choose_schedule(config, stages).chunks
+    layers = config.model.layers - config.model.experts.first_dense
+    places = layer_slots(layers, stages, chunks)
+    return () if places == tuple(range(layers)) else places
 
 
 def choose_dtype(config: TrainConfig, *, on_cpu: bool) -> Any:

@@ -18,11 +18,17 @@ import numpy as np
 
 from meshwright.models.config import Remat
 from meshwright.models.pure import functional
+from meshwright.sharding.schedule import ScheduleKind
 from meshwright.sharding.token_layout import ContextKind, TokenLayout
 from meshwright.sharding.topology import Topology
-from meshwright.train.config import ContextConfig, TrainConfig, Zero
+from meshwright.train.config import ContextConfig, PipelineConfig, TrainConfig, Zero
 from meshwright.train.explain import layout_of
-from meshwright.train.parallelism import check_batch, choose_dtype, choose_mesh
+from meshwright.train.parallelism import (
+    check_batch,
+    choose_dtype,
+    choose_mesh,
+    choose_places,
+)
 from meshwright.train.program import Program, step_spec
 from meshwright.train.state import TrainState
 from meshwright.train.step import StepSpec, apply_gradients, gradients
@@ -51,6 +57,7 @@ class Case:
         sequence: tokens split over the tensor axis between its regions.
         context, order: kind of attention over the context axis, and which tokens a device has.
         remat: what is recomputed; None for what the model says.
+        schedule: of the pipeline, where there is one.
     """
 
     mesh: str
@@ -61,6 +68,7 @@ class Case:
     context: ContextKind = "ring"
     order: TokenLayout = "zigzag"
     remat: Remat | None = None
+    schedule: ScheduleKind = "1f1b"
 
     def __str__(self) -> str:
         parts = [self.mesh]
@@ -69,6 +77,7 @@ class Case:
         parts += [self.accumulate] if self.accumulate != "whole" else []
         parts += ["sequence"] if self.sequence else []
         parts += [f"{self.context}, {self.order}"] if "context" in self.mesh else []
+        parts += [self.schedule] if "stage" in self.mesh else []
         parts += [f"remat={self.remat}"] if self.remat else []
         return " ".join(parts)
 
@@ -84,6 +93,7 @@ class Case:
             accumulate=self.accumulate,
             sequence=self.sequence,
             context=ContextConfig(self.context, self.order),
+            pipeline=PipelineConfig(self.schedule),
         )
 
 
@@ -161,7 +171,9 @@ def run_case(
     """
     program = program_of(case.of(config))
     state = program.init() if start is None else jax.device_put(start, program.shardings)
+    in_order = program.spec.model.in_order
     initial, first, losses = jax.device_get(state), None, []
+    initial = replace(initial, params=jax.device_get(in_order(initial.params)))
     step = jax.jit(
         functools.partial(_step_and_gradients, program.spec),
         out_shardings=(program.shardings, None, program.shardings.params),
@@ -169,7 +181,7 @@ def run_case(
     )
     for host in batches:
         state, scalars, grads = step(state, program.place(host))
-        first = jax.device_get(grads) if first is None else first
+        first = jax.device_get(in_order(grads)) if first is None else first
         losses.append(float(scalars["loss"]))
     return Result(initial, first, losses)
 
@@ -178,7 +190,7 @@ def program_of(config: TrainConfig) -> Program:
     """The program of a config on the first devices of this machine that its mesh needs."""
     devices = Topology("local").devices()
     spec = choose_mesh(config, _count(config.mesh), simulated=True)
-    model = functional(config.model)
+    model = functional(config.model, choose_places(config, spec))
     layout = layout_of(config, model, spec)
     check_batch(config, layout.rules, spec)
     dtype = choose_dtype(config, on_cpu=devices[0].platform == "cpu")

@@ -55,7 +55,7 @@ from meshwright.train.estimate_memory import MARGIN
 from meshwright.train.estimate_traffic import lower_bounds
 from meshwright.train.explain import decisions_json, layout_of
 from meshwright.train.layout import Layout
-from meshwright.train.parallelism import check_batch, choose_mesh, choose_rules
+from meshwright.train.parallelism import check_batch, choose_mesh, choose_places, choose_rules
 from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape
 from meshwright.train.program import Program, step_spec
 
@@ -110,7 +110,7 @@ class Plan:
         check_layout(target, mesh)
         rules = choose_rules(config, mesh)
         check_batch(config, rules, mesh)
-        model = functional(config.model)
+        model = functional(config.model, choose_places(config, mesh))
         layout = layout_of(config, model, mesh)
         wide = config.dtype == "float32" or (config.dtype is None and simulated)
         return cls(config, target, mesh, rules, layout, model, 4 if wide else 2)

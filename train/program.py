@@ -60,6 +60,7 @@ def step_spec(
         loss=config.loss,
         guard=config.guard,
         context=config.context,
+        pipeline=config.pipeline,
     )
 
 

@@ -49,6 +49,8 @@ class Replicas:
         apart: of these, those over which a device's sums are kept apart until the end of the step.
         now: the others: gradients are reduced as soon as a layer's gradient is there.
         order: how the length is dealt.
+        stage: axes of more than one device that split the layers. Not of the tokens; but a
+            pipeline maps over its stages too, inside of the replicas.
     """
 
     mesh: Mesh
@@ -57,6 +59,7 @@ class Replicas:
     apart: tuple[str, ...]
     now: tuple[str, ...]
     order: TokenLayout
+    stage: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout, mesh: Mesh, order: TokenLayout, microbatches: int = 1) -> Replicas:
@@ -66,7 +69,9 @@ class Replicas:
         split = (*rows, *length)
         apart = tuple(axis for axis in split if axis in unreduced)
         now = tuple(axis for axis in split if axis not in unreduced)
-        return cls(mesh, rows, length, apart, now, order)
+        layers = layout.rules.axes_for("params", "layers")
+        stage = tuple(axis for axis in layers if mesh.shape[axis] > 1)
+        return cls(mesh, rows, length, apart, now, order, stage)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ class Replicas:
             like: arguments → `jax.ShapeDtypeStruct` of every result, for arguments with any number
                 of leading dims, which the results have too.
         """
-        levels = self.levels
+        levels = (*self.levels, self.stage) if self.stage else self.levels
 
         def spread(spec: PartitionSpec) -> PartitionSpec:
             return PartitionSpec(*levels, *spec)

@@ -44,6 +44,7 @@ from meshwright.train.parallelism import (
     check_batch,
     choose_dtype,
     choose_mesh,
+    choose_places,
     describe_devices,
 )
 from meshwright.train.program import Program, step_spec
@@ -97,7 +98,7 @@ def run_training(config: TrainConfig) -> int:
     on_cpu = devices[0].platform == "cpu"
     _use_compilation_cache(config)
     spec = choose_mesh(config, len(devices), simulated=on_cpu)
-    model = functional(config.model)
+    model = functional(config.model, choose_places(config, spec))
     layout = layout_of(config, model, spec)
     check_batch(config, layout.rules, spec)
     dtype = choose_dtype(config, on_cpu=on_cpu)

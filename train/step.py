@@ -33,11 +33,14 @@ from meshwright.models.experts import expert_loss
 from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
+from meshwright.sharding.schedule import Schedule
 from meshwright.train.attention import attention_of
-from meshwright.train.config import ContextConfig, GuardConfig, LossConfig
+from meshwright.train.config import ContextConfig, GuardConfig, LossConfig, PipelineConfig
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
+from meshwright.train.pipeline import Pipeline
 from meshwright.train.replicas import Batch, Replicas
+from meshwright.train.stages import StageModel
 from meshwright.train.state import TrainState
 from meshwright.train.weights import Reductions, Weights
 
@@ -70,6 +73,7 @@ class StepSpec:
         loss: z-loss and label smoothing.
         guard: spike factor.
         context: how attention crosses the axes that split the length of rows.
+        pipeline: how microbatches cross the axes that split the layers.
     """
 
     model: Functional
@@ -82,6 +86,7 @@ class StepSpec:
     loss: LossConfig
     guard: GuardConfig
     context: ContextConfig
+    pipeline: PipelineConfig
 
     def replicas(self, microbatches: int = 1) -> Replicas:
         """What a batch of so many microbatches is mapped over."""
@@ -165,9 +170,13 @@ def eval_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Plain cross-entropy of a batch: (sum over counted tokens, their weight), no gradients."""
     replicas = spec.replicas()
-    weights = _weights(spec, Reductions(now=replicas.axes))
+    weights = _weights(spec, Reductions(now=replicas.axes, stage=replicas.stage))
     working = weights.working(params)
     inner = constrain.without(replicas.axes)
+    if replicas.stage:
+        pipeline = _pipeline(spec, replicas, weights, inner, batch)
+        plain = pipeline.plain_sum(working, replicas.deal(batch))
+        return plain, jnp.sum(batch["weights"])
 
     def plain_sum(rows: Batch) -> jax.Array:
         return _loss_sums(spec, replicas, weights, inner, working, rows)[1]
@@ -196,11 +205,16 @@ def gradients(
     microbatches = batch["tokens"].shape[0]
     tokens = jnp.sum(batch["weights"])
     scale = 1.0 / jnp.maximum(tokens, 1.0)
-    once = microbatches == 1
     replicas = spec.replicas(microbatches)
-    weights = _weights(spec, Reductions(now=replicas.now, apart=replicas.apart), final=once)
+    once = microbatches == 1 and not replicas.stage
+    reductions = Reductions(now=replicas.now, apart=replicas.apart, stage=replicas.stage)
+    weights = _weights(spec, reductions, final=once)
     working = weights.working(params)
     inner = constrain.without(replicas.axes)
+    if replicas.stage:
+        pipeline = _pipeline(spec, replicas, weights, inner, batch)
+        grads, plain = pipeline.gradients(working, replicas.deal(batch), scale)
+        return weights.summed(grads), plain, tokens
 
     def one(rows: Batch) -> tuple[Any, jax.Array]:
         def scaled(working: Any) -> tuple[jax.Array, jax.Array]:
@@ -231,7 +245,7 @@ def gradients(
 def sampling_params(spec: StepSpec, params: Any) -> Any:
     """Masters as generation reads them: layers in their working layout, the rest ready for use."""
     weights = _weights(spec)
-    return weights.use_all_but_layers(weights.working(params))
+    return spec.model.in_order(weights.use_all_but_layers(weights.working(params)))
 
 
 def sampling_hooks(spec: StepSpec) -> Hooks:
@@ -250,6 +264,21 @@ def _loss_sums(
 ) -> tuple[jax.Array, jax.Array]:
     tokens = math.prod(rows["tokens"].shape)
     exchange = None if spec.model.config.tied else weights.exchange_for(_EMBEDDING, tokens)
+    hooks = _hooks(spec, replicas, weights, constrain, rows)
+    sums: Any = spec.model.apply(
+        weights.use_all_but_layers(working, but=(_EMBEDDING,) if exchange else ()),
+        rows["tokens"],
+        positions=rows.get("positions"),
+        segments=rows.get("segments"),
+        hooks=replace(hooks, look_up=exchange or take_rows),
+    )
+    return sums
+
+
+def _hooks(
+    spec: StepSpec, replicas: Replicas, weights: Weights, constrain: Constrain, rows: Batch
+) -> Hooks:
+    """Where parallelism steps into the model, and what it makes of logits: sums of losses."""
     loss = spec.loss
     score = functools.partial(
         chunked_loss_sum,
@@ -259,23 +288,28 @@ def _loss_sums(
         z_loss=loss.z_loss,
         label_smoothing=loss.label_smoothing,
     )
-    hooks = Hooks(
+    return Hooks(
         constrain=constrain,
         reshard=constrain.reshard,
         attention=attention_of(spec.mesh, constrain.rules, replicas, spec.context.kind),
-        look_up=exchange or take_rows,
         score=score,
         collect=lambda sums, experts: (sums[0] + expert_loss(experts, rows["weights"]), sums[1]),
         run_layers=weights.run_layers,
     )
-    sums: Any = spec.model.apply(
-        weights.use_all_but_layers(working, but=(_EMBEDDING,) if exchange else ()),
-        rows["tokens"],
-        positions=rows.get("positions"),
-        segments=rows.get("segments"),
-        hooks=hooks,
+
+
+def _pipeline(
+    spec: StepSpec, replicas: Replicas, weights: Weights, constrain: Constrain, batch: Batch
+) -> Pipeline:
+    """The pipeline of a mesh whose stages the layers are split over."""
+    stages, how = replicas.size(replicas.stage), spec.pipeline
+    chunks = how.chunks if how.schedule == "interleaved" else 1
+    schedule = Schedule(how.schedule, stages, batch["tokens"].shape[0], chunks)
+    model = StageModel(
+        spec.model, weights, lambda rows: _hooks(spec, replicas, weights, constrain, rows)
     )
-    return sums
+    stream = replicas.size(constrain.rules.stream_axes())
+    return Pipeline(schedule, replicas, model, spec.model.live, stream)
 
 
 def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array) -> jax.Array:

@@ -49,10 +49,12 @@ class Reductions:
     Attributes:
         now: gradients are summed over these where they appear.
         apart: each device's sums are kept apart along these until the end of the step.
+        stage: each device has layers of its own along these, and its own sums of the rest.
     """
 
     now: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    stage: tuple[str, ...] = ()
 
 
 class Weights:
@@ -133,52 +135,98 @@ class Weights:
         used = self._use(outside, working, compute, reduced)
         return {**params, **used}
 
-    def run_layers(self, body: Callable, stacked: Any, x: Any, remat: Remat) -> Any:
-        """Scan the layers, using each layer's weights inside the rematerialised body."""
+    def run_layers(
+        self, body: Callable, stacked: Any, x: Any, remat: Remat, live: jax.Array | None = None
+    ) -> Any:
+        """Scan the layers, using each layer's weights inside the rematerialised body.
+
+        Args:
+            body, stacked, x, remat: as `meshwright.models.hooks.scan_layers`.
+            live: bool [layers], False for a place that holds no layer; None where all do.
+        """
         roles = (self.working_specs, self.compute_specs, self.reduced_specs)
         specs = [_map_specs(_drop_first, specs[LAYERS]) for specs in roles]
 
         def using(x: jax.Array, layer: Any) -> jax.Array:
-            return body(x, self._use(layer, *specs, parent=LAYERS))
+            weights, here = layer
+            y = body(x, self._use(weights, *specs, parent=LAYERS))
+            if here is None:
+                return y
+            return jax.tree.map(lambda new, old: jnp.where(here, new, old), y, x)
 
         gathers = self.compute_specs[LAYERS] != self.working_specs[LAYERS]
-        if remat == "none" and (gathers or self.splits_stream):
+        if remat == "none" and (gathers or self.splits_stream or self.reductions.stage):
             # Without this, the backward pass would keep every layer's gathered weights, and the
             # gathered inputs of its regions.
             using = jax.checkpoint(using, policy=_save_all_but_gathered, prevent_cse=False)
-        return scan_layers(using, stacked, x, remat)
+        return scan_layers(using, (stacked, live), x, remat)
 
     def zero_accumulators(self, params: Any) -> Any:
-        """Float32 zeros in the accumulators' layout, with the leading dim of replicas."""
+        """Float32 zeros in the accumulators' layout, with leading dims of replicas and stages."""
 
-        def one(param: jax.Array) -> jax.Array:
-            apart = self.reductions.apart
-            lead = [math.prod(self.mesh.shape[axis] for axis in apart)] if apart else []
-            return jnp.zeros([*lead, *param.shape], jnp.float32)
+        def one(path: Any, param: jax.Array) -> jax.Array:
+            shape = param.shape if _is_layered(path) else (*self._stages, *param.shape)
+            return jnp.zeros([*map(self._size, self.lead), *shape], jnp.float32)
 
-        return self.accumulated(jax.tree.map(one, params))
+        return self.accumulated(jax.tree_util.tree_map_with_path(one, params))
 
     def accumulated(self, grads: Any) -> Any:
         """Hold accumulators to their layout inside the loop."""
 
-        def one(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-            apart = self.reductions.apart
-            full = PartitionSpec(apart, *spec) if apart else spec
-            return self._put(grad, full)
+        def one(path: Any, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+            return self._put(grad, self._accumulator(path, spec))
 
-        return jax.tree.map(one, grads, self.reduced_specs)
+        return jax.tree_util.tree_map_with_path(one, grads, self.reduced_specs)
+
+    def accumulated_by_stage(self, grads: Any) -> Any:
+        """As `accumulated`, where layers are [lead, stages, chunks, layers of a chunk, …]."""
+
+        def one(path: Any, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+            if _is_layered(path):
+                spec = PartitionSpec(*self.lead, self.reductions.stage, None, None, *spec[1:])
+            else:
+                spec = self._accumulator(path, spec)
+            return self._put(grad, spec)
+
+        return jax.tree_util.tree_map_with_path(one, grads, self.reduced_specs)
 
     def into_masters(self, grads: Any) -> Any:
         """Reduced gradients in the layout the optimizer updates in."""
         return jax.tree.map(self._put, grads, self.master_specs)
 
     def summed(self, grads: Any) -> Any:
-        """Accumulators [replicas, …] summed once, straight into the optimizer's layout."""
+        """Accumulators summed once over what was kept apart, straight into the optimizer's layout.
 
-        def one(grad: jax.Array, reduced: PartitionSpec, master: PartitionSpec) -> jax.Array:
-            return self._put(self._collect(grad, self.reductions.apart, reduced, master), master)
+        The layers' have no dim of stages, as each is on one stage only.
+        """
 
-        return jax.tree.map(one, grads, self.reduced_specs, self.master_specs)
+        def one(path: Any, grad: jax.Array, reduced: PartitionSpec, master: PartitionSpec) -> Any:
+            stage = () if _is_layered(path) else self.reductions.stage
+            apart = (*self.reductions.apart, *stage)
+            if not apart:
+                return self._put(grad, master)
+            lead = len(self.lead) + bool(stage)
+            grad = grad.reshape(-1, *grad.shape[lead:])
+            return self._put(self._collect(grad, apart, reduced, master), master)
+
+        roles = (self.reduced_specs, self.master_specs)
+        return jax.tree_util.tree_map_with_path(one, grads, *roles)
+
+    def _accumulator(self, path: Any, spec: PartitionSpec) -> PartitionSpec:
+        stage = [self.reductions.stage] * bool(self.reductions.stage)
+        return PartitionSpec(*self.lead, *([] if _is_layered(path) else stage), *spec)
+
+    @property
+    def lead(self) -> list[tuple[str, ...]]:
+        """The axes of an accumulator's dim of replicas; no item where it has none."""
+        return [self.reductions.apart] if self.reductions.apart else []
+
+    @property
+    def _stages(self) -> list[int]:
+        return [self._size(self.reductions.stage)] if self.reductions.stage else []
+
+    def _size(self, axes: Sequence[str]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     def _use(self, weights: Any, working: Any, compute: Any, reduced: Any, parent: str = "") -> Any:
         def one(path: Any, weight: jax.Array, *specs: PartitionSpec) -> jax.Array:
@@ -210,23 +258,19 @@ class Weights:
         self, grad: jax.Array, compute: PartitionSpec, reduced: PartitionSpec, scope: str
     ) -> jax.Array:
         """Sum a gradient over the mapped axes and the rest, into its reduced layout."""
-        now = self.reductions.now
+        now, stage = self.reductions.now, self.reductions.stage
         if not now:
             return self._put(grad, reduced)
 
-        @jax.custom_batching.custom_vmap
-        def over_replicas(grad: jax.Array) -> jax.Array:
-            return grad
-
-        @over_replicas.def_vmap
-        def _(size: int, batched: Any, grads: jax.Array) -> tuple[jax.Array, bool]:
-            if not batched[0]:
-                grads = jnp.broadcast_to(grads, (size, *grads.shape))
+        def collect(grads: jax.Array) -> jax.Array:
             with jax.named_scope(scope):
-                found = self._collect(grads, now, compute, reduced)
-                return self._put(found, reduced), False
+                return self._put(self._collect(grads, now, compute, reduced), reduced)
 
-        return over_replicas(grad)
+        if not stage:
+            return _mapped(collect, stays=False)(grad)
+        # The map over stages is inside of the one over replicas, and comes first.
+        of_stages = jax.vmap(collect, in_axes=1, spmd_axis_name=stage)
+        return _mapped(_mapped(of_stages, stays=False), stays=True)(grad)
 
     def _collect(
         self,
@@ -287,16 +331,18 @@ class Weights:
             return x
 
         out = PartitionSpec(*entries)
-        gather = jax.custom_batching.custom_vmap(
-            jax.shard_map(local, mesh=self.mesh, in_specs=held, out_specs=out, check_vma=False)
+        mapped: Callable[..., Any] = jax.shard_map(
+            local, mesh=self.mesh, in_specs=held, out_specs=out, check_vma=False
         )
+        gather = jax.custom_batching.custom_vmap(mapped)
 
         @gather.def_vmap
         def _(size: int, batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-            # Weights are the same for all replicas; only this rule may name the mapped axes.
+            # The same for all replicas; stages have their own.
             del size
-            assert not batched[0], "weights are not mapped over"
-            return gather(x), False
+            if not batched[0]:
+                return gather(x), False
+            return jax.vmap(mapped, spmd_axis_name=self.reductions.stage)(x), True
 
         return self._put(gather(x), spec)
 
@@ -311,6 +357,30 @@ def scope_of(path: str) -> str:
     'weight:layers.attn.wq'
     """
     return "weight:" + path.replace("/", ".")
+
+
+def _mapped(call: Callable[[jax.Array], jax.Array], *, stays: bool) -> Callable[..., jax.Array]:
+    """The identity, which a ``vmap`` turns into ``call`` on all that it maps over.
+
+    Args:
+        call: of an array with the mapped dim first.
+        stays: whether its result has that dim too.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(x: jax.Array) -> jax.Array:
+        return x
+
+    @one.def_vmap
+    def _(size: int, batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+        return call(x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))), stays
+
+    return one
+
+
+def _is_layered(path: Any) -> bool:
+    """Whether a leaf is of the stacked layers."""
+    return path[0].key == LAYERS
 
 
 def _save_all_but_gathered(primitive: Any, *operands: Any, **_: Any) -> bool:

@@ -1,0 +1,254 @@
+"""Pipeline schedules: which unit of work each stage does at which tick, and who owns which layer.
+
+A step in a pipeline is ``m`` microbatches through ``p`` stages. In an interleaved one each stage
+holds ``v`` groups of layers, *chunks*, and a microbatch goes round ``v`` times. A *unit* is one
+microbatch in one chunk, forwards or backwards. All stages work in lockstep: one program, in which
+a tick is one unit forwards, one backwards, or one of each, and after which activations move on by
+one stage and their gradients back by one.
+
+A schedule here is one number, the *delay*: the tick at which the last stage takes its first unit
+back. Forward units enter at ticks 0, 1, 2, … in the order of rounds (p microbatches through chunk
+0, the same through chunk 1, …); backward units in the same order with chunks reversed, the delay
+later.
+
+===============  =======================  ======================  ==============================
+schedule         delay                    units held at once      idle share of a step
+===============  =======================  ======================  ==============================
+``gpipe``        after all forward units  m                       (p - 1) / (m + p - 1)
+``1f1b``         p - 1: at once           2p - 1                  (p - 1) / (m + p - 1)
+``interleaved``  vp - 1: at once          (v + 1)p - 1, each 1/v  (p - 1) / (vm + p - 1)
+===============  =======================  ======================  ==============================
+
+Ticks before the delay run forwards only and ticks after the last forward unit backwards only, so
+that idle time is (p - 1) units of either kind and no more. GPipe: Huang et al. 2019; 1F1B:
+Narayanan et al., PipeDream, 2019; interleaved: Narayanan et al. 2021, section 2.2.
+
+Lockstep costs memory: a stage has its gradient 2(p - 1 - i) ticks after it sent its activation,
+where machines that alternate freely hold p - i microbatches. Ours holds 2(p - 1 - i) + 1, and
+arrays are as large on every stage: 2p - 1, but never m. The alternative, half ticks in which odd
+stages run forwards while even ones run backwards, holds p, but every half tick then lasts as long
+as a backward unit: a quarter to a half more time.
+
+Arithmetic only: no mesh and no jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from meshwright.sharding.errors import PlacementError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Schedule", "ScheduleKind", "Units", "layer_slots"]
+
+ScheduleKind = Literal["1f1b", "gpipe", "interleaved"]
+"""The order of a pipeline's work."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What each stage does at each tick, in one direction. Arrays [ticks, stages].
+
+    Attributes:
+        microbatch: of the unit, int32; 0 where there is none.
+        chunk: of the unit, int32.
+        slot: where its activations are kept between the directions, int32.
+        valid: whether there is a unit, bool.
+        first: whether it is in the model's first chunk, bool.
+        last: whether it is in the model's last chunk, bool.
+    """
+
+    microbatch: np.ndarray
+    chunk: np.ndarray
+    slot: np.ndarray
+    valid: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    def between(self, start: int, stop: int) -> Units:
+        """The ticks from ``start`` up to ``stop``."""
+        found = {name: x[start:stop] for name, x in self.arrays().items()}
+        return Units(**found)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pipeline's work over time.
+
+    Attributes:
+        kind: which order.
+        stages: p.
+        microbatches: m, at least p; a multiple of p where chunks are interleaved.
+        chunks: v, groups of layers a stage holds; 1 unless interleaved.
+
+    >>> [Schedule(kind, 4, 12).slots for kind in ("gpipe", "1f1b")]
+    [12, 7]
+    >>> Schedule("1f1b", 4, 12).idle_fraction, Schedule("interleaved", 4, 12, 2).idle_fraction
+    (0.2, 0.1111111111111111)
+    """
+
+    kind: ScheduleKind
+    stages: int
+    microbatches: int
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.kind in get_args(ScheduleKind), self.kind
+        p, m, v = self.stages, self.microbatches, self.chunks
+        where = f"stage={p}, {m} microbatches"
+        if m < p:
+            raise PlacementError(
+                f"cannot fill a pipeline of {p} stages with {m} microbatch{'es' * (m > 1)}",
+                where=where,
+                why=f"{m} is less than {p}: some stage would never have work",
+                fix=f"use --grad-accum {p} or more, or stage={m} or less",
+            )
+        if v > 1 and m % p:
+            below = m // p * p
+            raise PlacementError(
+                f"cannot interleave {m} microbatches over {p} stages",
+                where=f"{where}, {v} chunks a stage",
+                why=f"they go round in groups of {p}, and {m} is not divisible by {p}",
+                fix=f"use --grad-accum {below} or {below + p}, or --pipeline.schedule 1f1b",
+            )
+
+    @property
+    def units(self) -> int:
+        """Units of one direction that a stage works on in a step: vm."""
+        return self.microbatches * self.chunks
+
+    @property
+    def delay(self) -> int:
+        """The tick at which the last stage does its first backward unit."""
+        if self.kind == "gpipe":
+            return self.forward_ticks
+        return self.chunks * self.stages - 1
+
+    @property
+    def forward_ticks(self) -> int:
+        """Ticks until the last stage has done its last forward unit."""
+        return self.units + self.stages - 1
+
+    @property
+    def ticks(self) -> int:
+        """Ticks of a step; those with a unit in both directions last as long as one of each."""
+        return self.delay + self.units + self.stages - 1
+
+    @property
+    def slots(self) -> int:
+        """Units whose activations a stage has room for: the most that wait to be taken back."""
+        return int(self._slots.max()) + 1
+
+    @property
+    def returns_at_once(self) -> bool:
+        """Whether the last stage takes a microbatch back in the tick in which it arrives."""
+        return self.kind != "gpipe"
+
+    @property
+    def idle_fraction(self) -> float:
+        """Part of a step that a stage is idle, in either direction."""
+        return (self.stages - 1) / self.forward_ticks
+
+    def forward(self) -> Units:
+        """Forward units, [forward_ticks, stages]."""
+        import numpy as np
+
+        stage = np.arange(self.stages)
+        return self._units(np.arange(self.forward_ticks)[:, None] - stage)
+
+    def backward(self) -> Units:
+        """Backward units, [ticks - delay, stages]; the first row is the tick ``delay``."""
+        import numpy as np
+
+        stage = np.arange(self.stages)[::-1]
+        place = np.arange(self.ticks - self.delay)[:, None] - stage
+        chunk = place // self.stages % self.chunks
+        mirrored = place + (self.chunks - 1 - 2 * chunk) * self.stages
+        return self._units(mirrored, (place >= 0) & (place < self.units))
+
+    @functools.cached_property
+    def _slots(self) -> np.ndarray:
+        """The slot of each unit, [units]: the lowest that is free."""
+        import numpy as np
+
+        place = np.arange(self.units)
+        chunk = place // self.stages % self.chunks
+        returned = np.argsort(place + (self.chunks - 1 - 2 * chunk) * self.stages)
+        # The first stage waits longest; what suits it suits all.
+        ends = self.delay + returned + self.stages - 1
+        found, free, held = np.zeros(self.units, np.int32), list[int](), list[tuple[int, int]]()
+        for unit in range(self.units):
+            while held and held[0][0] < unit:
+                heapq.heappush(free, heapq.heappop(held)[1])
+            slot = heapq.heappop(free) if free else len(held)
+            found[unit] = slot
+            heapq.heappush(held, (int(ends[unit]), slot))
+        return found
+
+    def _units(self, unit: np.ndarray, valid: np.ndarray | None = None) -> Units:
+        import numpy as np
+
+        if valid is None:
+            valid = (unit >= 0) & (unit < self.units)
+        unit = np.where(valid, unit, 0)
+        # A round is as many microbatches as stages; without chunks to change it is no matter.
+        group, chunk = unit // (self.stages * self.chunks), unit // self.stages % self.chunks
+        microbatch = group * self.stages + unit % self.stages
+        stage = np.broadcast_to(np.arange(self.stages), unit.shape)
+        return Units(
+            microbatch=microbatch.astype(np.int32),
+            chunk=chunk.astype(np.int32),
+            slot=self._slots[unit],
+            valid=valid,
+            first=valid & (stage == 0) & (chunk == 0),
+            last=valid & (stage == self.stages - 1) & (chunk == self.chunks - 1),
+        )
+
+
+def layer_slots(layers: int, stages: int, chunks: int = 1) -> tuple[int | None, ...]:
+    """Which layer of the model each place of the stacked layers holds; None for an empty place.
+
+    The places are split evenly over the stages, in order. Chunk c of the model, its c-th group of
+    layers in order, lies on stage c mod p. Where the layers do not divide, some chunks have one
+    less: the last first, as its stage also has the head's work to wait for, then the first ones.
+
+    Raises:
+        PlacementError: more chunks than layers.
+
+    >>> layer_slots(4, 2), layer_slots(4, 2, chunks=2)
+    ((0, 1, 2, 3), (0, 2, 1, 3))
+    >>> layer_slots(5, 3)
+    (0, 1, 2, 3, 4, None)
+    """
+    groups = stages * chunks
+    if groups > layers:
+        names = f"stage={stages}" + (f", {chunks} chunks a stage" if chunks > 1 else "")
+        most = layers // chunks
+        raise PlacementError(
+            f"cannot split {layers} layers into {groups} groups",
+            where=f"{names}, layers={layers}",
+            why=f"{groups} is more than {layers}: some group would have no layer",
+            fix=f"use stage={most} or less" if most else f"use --pipeline.chunks {layers} or less",
+        )
+    size = -(-layers // groups)
+    short = groups * size - layers
+    held = [size] * groups
+    for group in [groups - 1, *range(groups - 1)][:short]:
+        held[group] -= 1
+    starts = [sum(held[:group]) for group in range(groups)]
+    found: list[int | None] = []
+    for stage in range(stages):
+        for chunk in range(chunks):
+            group = chunk * stages + stage
+            inside = range(starts[group], starts[group] + held[group])
+            found += [*inside, *[None] * (size - held[group])]
+    return tuple(found)
