@@ -45,7 +45,7 @@ class Init:
     Attributes:
         key: key of the whole model.
         path: names from the root to this place.
-        layers: number of layers stacked along a new first dim; None for no stack.
+        stack: dim and number of layers stacked along it, a new first dim; None for no stack.
 
     >>> init = Init(jax.random.key(0)).at("layers", layers=3).at("attn")
     >>> wq = init.normal("wq", 0.02, embed=8, heads=2, head_dim=4)
@@ -55,13 +55,13 @@ class Init:
 
     key: Array
     path: tuple[str, ...] = ()
-    layers: int | None = None
+    stack: tuple[str, int] | None = None
 
     def at(self, name: str, *, layers: int | None = None) -> Init:
-        """The place ``name`` below this one, of ``layers`` stacked layers if given."""
-        return dataclasses.replace(
-            self, path=(*self.path, name), layers=self.layers if layers is None else layers
-        )
+        """The place ``name`` below this one; if given, of ``layers`` layers stacked along a dim
+        of that name."""
+        stack = self.stack if layers is None else (name, layers)
+        return dataclasses.replace(self, path=(*self.path, name), stack=stack)
 
     def normal(self, name: str, std: float, /, **sizes: int) -> nnx.Param[Array]:
         """A parameter drawn from a normal distribution of deviation ``std``."""
@@ -77,7 +77,7 @@ class Init:
         return nnx.Param(full, dims=tuple(sizes))
 
     def _stacked(self, sizes: dict[str, int]) -> dict[str, int]:
-        return sizes if self.layers is None else {"layers": self.layers, **sizes}
+        return sizes if self.stack is None else {self.stack[0]: self.stack[1], **sizes}
 
 
 def draw_normal(key: Array, shape: tuple[int, ...], std: float) -> Array:

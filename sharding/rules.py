@@ -44,6 +44,7 @@ _TABLES: tuple[Table, ...] = get_args(Table)
 STANDARD_DIMS = {
     "params": (
         "layers",
+        "dense_layers",
         "vocab",
         "positions",
         "embed",

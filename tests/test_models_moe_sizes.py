@@ -96,7 +96,11 @@ def test_the_whole_tree() -> None:
     model = functional(config)
     assert model.dims == {
         "embedding": ("vocab", "embed"),
-        "dense_layers": {**both, "mlp": mlp},
+        "dense_layers": jax.tree.map(
+            lambda dims: ("dense_layers", *dims[1:]),
+            {**both, "mlp": mlp},
+            is_leaf=lambda node: isinstance(node, tuple),
+        ),
         "layers": {**both, "experts": experts},
         "final_norm": {"scale": ("norm",)},
     }

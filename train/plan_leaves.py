@@ -122,7 +122,7 @@ def _parameters_by_shape(layout: Layout) -> Mapping[tuple[int, ...], tuple[str, 
         specs |= {layout.compute_spec(decision.spec) for decision in decisions}
         for spec in specs:
             shape = local_shape(leaf.shape, spec, layout.mesh)
-            stacked = leaf.dims is not None and leaf.dims[:1] == ("layers",)
+            stacked = leaf.dims is not None and leaf.dims[:1] in (("layers",), ("dense_layers",))
             for one in (shape, shape[1:]) if stacked else (shape,):
                 key = tuple(sorted(size for size in one if size != 1))
                 if key and leaf.path not in found[key]:

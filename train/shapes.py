@@ -120,7 +120,7 @@ def parameter_leaves(config: ModelConfig) -> tuple[LeafShape, ...]:
         stacks["dense_layers"] = (dense, config.experts.first_dense)
     for stack, (block, layers) in stacks.items():
         for path, sizes in _block(block).items():
-            leaves[f"{stack}/{path}"] = {"layers": layers, **sizes}
+            leaves[f"{stack}/{path}"] = {stack: layers, **sizes}
     ordered = sorted(leaves.items(), key=lambda item: item[0].split("/"))
     return tuple(LeafShape(path, tuple(s.values()), tuple(s)) for path, s in ordered)
 
@@ -192,7 +192,7 @@ def _grouped(leaves: Iterable[LeafShape]) -> tuple[WeightGroup, ...]:
             name=_common_name([leaf.path for leaf in members]),
             dims=key,
             elements=sum(leaf.elements for leaf in members),
-            layered=any(dim == "layers" for dim, _ in key),
+            layered=any(dim in ("layers", "dense_layers") for dim, _ in key),
             leaves=len(members),
         )
         for key, members in found.items()
