@@ -111,12 +111,14 @@ class _Run:
         self.places = pipeline.live.reshape(self.schedule.stages, self.schedule.chunks, -1)
         self.working = {**working, LAYERS: self._by_chunk(working[LAYERS])}
         self.batch = {name: jnp.moveaxis(x, 0, self.on_stage.at) for name, x in batch.items()}
-        self._trace()
+        self._inside_maps(self._trace)
 
     def _trace(self) -> None:
         """Find which parameters body and head read, and trace the body's two halves."""
-        rows = {name: self._of_one(x) for name, x in self.batch.items()}
-        part = {name: self._of_one(x) for name, x in jax.eval_shape(self._head_rows, 0).items()}
+        rows: Any = {name: self._of_one(x) for name, x in self.batch.items()}
+        part: Any = {
+            name: self._of_one(x) for name, x in jax.eval_shape(self._head_rows, 0).items()
+        }
         params = {name: jax.tree.map(_shape_of, leaf) for name, leaf in self.working.items()}
         params[LAYERS] = jax.tree.map(functools.partial(_shape_of, skip=2), params[LAYERS])
         self.carry = self.model.carry(params, rows)
@@ -130,6 +132,17 @@ class _Run:
         self.head_reads = Picked.of(self.model.head, params, some, part)
         of_list = self.body_reads.taking_a_list(self._body)
         self.body = Halves(of_list, self.body_reads.pick(params), floats, data)
+
+    def _inside_maps(self, call: Callable[[], None]) -> None:
+        """Call where the maps' axes are known: what jax leaves for a backward pass avoids them."""
+
+        def one(x: jax.Array) -> jax.Array:
+            call()
+            return x
+
+        over_stages = jax.vmap(one, spmd_axis_name=self.replicas.stage)
+        sizes = *map(self.replicas.size, self.replicas.levels), self.schedule.stages
+        jax.eval_shape(self.replicas.mapped(over_stages), jax.ShapeDtypeStruct(sizes, jnp.float32))
 
     def start(self) -> State:
         """Before the first tick."""
@@ -157,12 +170,12 @@ class _Run:
         """Ticks of one kind, as a loop."""
         if not ticks:
             return state
-        units, delay = [None, None], self.schedule.delay
+        delay, there, back = self.schedule.delay, None, None
         if forwards:
-            units[0] = self.schedule.forward().between(ticks.start, ticks.stop)
+            there = self.schedule.forward().between(ticks.start, ticks.stop)
         if backwards:
-            units[1] = self.schedule.backward().between(ticks.start - delay, ticks.stop - delay)
-        arrivals = [] if units[0] is None else units[0].last.any(axis=1)
+            back = self.schedule.backward().between(ticks.start - delay, ticks.stop - delay)
+        arrivals = [] if there is None else [bool(row.any()) for row in there.last]
 
         def tick(state: State, now: tuple[Tick | None, Tick | None]) -> tuple[State, None]:
             grad = None
@@ -174,7 +187,7 @@ class _Run:
                 state = self._backward(state, now[1], grad)
             return state, None
 
-        return jax.lax.scan(tick, state, tuple(map(self._arrays, units)))[0]
+        return jax.lax.scan(tick, state, (self._arrays(there), self._arrays(back)))[0]
 
     def plain_sum(self) -> jax.Array:
         """The loss alone, forward only."""
