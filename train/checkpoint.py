@@ -36,7 +36,7 @@ import math
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from meshwright.sharding.errors import CheckpointError, MeshwrightError, RunError
+from meshwright.train.relayout import Reordering
 from meshwright.train.runfolder import is_full_disk, refuse, saved_steps
 
 __all__ = ["Checkpoints", "Restored"]
@@ -164,11 +165,14 @@ class Checkpoints:
                 self._manager.close()
                 self._manager = None
 
-    def restore(self, abstract: Any) -> Restored:
+    def restore(
+        self, abstract: Any, reordering: Callable[[dict[str, Any]], Reordering] | None = None
+    ) -> Restored:
         """Restore the newest usable checkpoint, each array straight into its sharding.
 
         Args:
             abstract: the state as ShapeDtypeStructs, each with the sharding it is to have.
+            reordering: what was saved beside the state → how its layers are to be reordered.
 
         Raises:
             CheckpointError: there is none; none can be used, naming each; or the newest is of
@@ -177,7 +181,7 @@ class Checkpoints:
         steps = saved_steps(self._folder)
         notes: list[str] = []
         for step in reversed(steps):
-            found = self._try(step, abstract, notes)
+            found = self._try(step, abstract, notes, reordering)
             if found is not None:
                 return found
             self._unusable.append(step)
@@ -187,16 +191,26 @@ class Checkpoints:
             fix="start a new run with another --out",
         )
 
-    def _try(self, step: int, abstract: Any, notes: list[str]) -> Restored | None:
+    def _try(
+        self,
+        step: int,
+        abstract: Any,
+        notes: list[str],
+        reordering: Callable[[dict[str, Any]], Reordering] | None,
+    ) -> Restored | None:
         try:
             about = self._about(step)
-            self._check_same_model(step, about["leaves"], _described(abstract))
-            ocp, nested = _orbax(), _nested(abstract)
+            order = reordering(about["extra"]) if reordering else None
+            saved = order.as_saved(abstract) if order and order.needed else abstract
+            self._check_same_model(step, about["leaves"], _described(saved))
+            ocp, nested = _orbax(), _nested(saved)
             into = ocp.checkpoint_utils.construct_restore_args(nested)
             restore = ocp.args.PyTreeRestore(nested, restore_args=into)
             items = ocp.args.Composite(state=restore)
             arrays = self._open().restore(step, args=items).state
-            state = _unnested(arrays, abstract, about["keys"])
+            state = _unnested(arrays, saved, about["keys"])
+            if order and order.needed:
+                state = order.to_run(abstract)(state)
         except MeshwrightError:
             raise
         except Exception as error:

@@ -18,13 +18,14 @@ Embedding and head are therefore needed by all stages. They are gathered over th
 a step, and so are their gradients summed; between steps each stage holds a part of them.
 
 Ticks without work for a stage compute on what is there, and what comes of it is dropped. The
-alternative, a conditional, saves nothing, as others work meanwhile, and hides collectives from the
-compiler in branches that not all devices take.
+alternative, a conditional, saves nothing, as others work meanwhile, and puts collectives into
+branches that not all devices take.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,13 +84,16 @@ class Pipeline:
         run = _Run(self, working, batch, scale)
         state, schedule = run.start(), self.schedule
         forward, back = schedule.forward_ticks, schedule.delay
-        # The head has its first work when a unit has been through all stages and chunks.
+        # The head has its first work when a unit has been through all stages and chunks; then as
+        # many ticks in a row as there are stages, once a round of all chunks.
         arrives = schedule.stages * schedule.chunks - 1
+        rounds = forward if schedule.chunks == 1 else arrives + schedule.stages
         both = schedule.returns_at_once
-        state = run.phase(state, range(min(arrives, back)), forwards=True)
-        state = run.phase(state, range(arrives, forward), forwards=True, backwards=both)
+        state = run.ticks(state, range(min(arrives, back)), forwards=True)
+        state = run.ticks(state, range(arrives, rounds), forwards=True, backwards=both, head=True)
+        state = run.rounds(state, range(rounds, forward))
         left = range(max(forward, back), schedule.ticks)
-        state = run.phase(state, left, backwards=True)
+        state = run.ticks(state, left, backwards=True)
         return run.by_place(state["sums"]), jnp.sum(state["plain"])
 
     def plain_sum(self, working: Any, batch: Batch) -> jax.Array:
@@ -164,30 +168,61 @@ class _Run:
             "plain": jnp.zeros((), jnp.float32),
         }
 
-    def phase(
-        self, state: State, ticks: range, *, forwards: bool = False, backwards: bool = False
+    def ticks(
+        self,
+        state: State,
+        ticks: range,
+        *,
+        forwards: bool = False,
+        backwards: bool = False,
+        head: bool = False,
     ) -> State:
         """Ticks of one kind, as a loop."""
         if not ticks:
             return state
-        delay, there, back = self.schedule.delay, None, None
-        if forwards:
-            there = self.schedule.forward().between(ticks.start, ticks.stop)
-        if backwards:
-            back = self.schedule.backward().between(ticks.start - delay, ticks.stop - delay)
-        arrivals = [] if there is None else [bool(row.any()) for row in there.last]
+        units = self._units(ticks, forwards=forwards, backwards=backwards)
+        return jax.lax.scan(functools.partial(self._tick, head=head), state, units)[0]
 
-        def tick(state: State, now: tuple[Tick | None, Tick | None]) -> tuple[State, None]:
-            grad = None
-            if now[0] is not None:
-                state, made = self._forward(state, now[0])
-                if any(arrivals):
-                    state, grad = self._loss(state, made, now[0], always=all(arrivals))
-            if now[1] is not None:
-                state = self._backward(state, now[1], grad)
+    def rounds(self, state: State, ticks: range) -> State:
+        """Ticks in both directions, a loop over rounds: those of the model's last chunk have a
+        head. A conditional in one loop would put its collectives in a branch."""
+        if not ticks:
+            return state
+        size = self.schedule.stages * self.schedule.chunks
+        units = self._units(ticks, forwards=True, backwards=True)
+        units = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), units)
+        without = size - self.schedule.stages
+
+        def one(state: State, units: Any) -> tuple[State, None]:
+            for head, part in ((False, slice(without)), (True, slice(without, None))):
+                some = jax.tree.map(operator.itemgetter(part), units)
+                state = jax.lax.scan(functools.partial(self._tick, head=head), state, some)[0]
             return state, None
 
-        return jax.lax.scan(tick, state, (self._arrays(there), self._arrays(back)))[0]
+        return jax.lax.scan(one, state, units)[0]
+
+    def _units(
+        self, ticks: range, *, forwards: bool, backwards: bool
+    ) -> tuple[Tick | None, Tick | None]:
+        """What there is to do at some ticks, in each direction."""
+        schedule = self.schedule
+        start, stop = ticks.start - schedule.delay, ticks.stop - schedule.delay
+        there = schedule.forward().between(ticks.start, ticks.stop) if forwards else None
+        back = schedule.backward().between(start, stop) if backwards else None
+        return self._arrays(there), self._arrays(back)
+
+    def _tick(
+        self, state: State, units: tuple[Tick | None, Tick | None], *, head: bool
+    ) -> tuple[State, None]:
+        there, back = units
+        grad = None
+        if there is not None:
+            state, made = self._forward(state, there)
+            if head:
+                state, grad = self._loss(state, made, there)
+        if back is not None:
+            state = self._backward(state, back, grad)
+        return state, None
 
     def plain_sum(self) -> jax.Array:
         """The loss alone, forward only."""
@@ -231,26 +266,15 @@ class _Run:
         x = self.on_stage.shift(joined(self.carry, floats, others), 1)
         return {**state, "kept": list(map(store, state["kept"], kept)), "x": x}, floats[0]
 
-    def _loss(
-        self, state: State, made: jax.Array, now: Tick, *, always: bool
-    ) -> tuple[State, jax.Array | None]:
+    def _loss(self, state: State, made: jax.Array, now: Tick) -> tuple[State, jax.Array | None]:
         """The head on what the last stage has made, and the gradient for it to take back."""
-        before = (state["plain"], self.head_reads.pick(state["sums"]))
-
-        def with_head(before: Any) -> Any:
-            plain, sums = before
-            more, grads, grad = self._head(made, now)
-            return (plain + more, list(map(jnp.add, sums, grads))), grad
-
-        def without(before: Any) -> Any:
-            return before, jnp.zeros_like(made)
-
-        if always:
-            (plain, sums), grad = with_head(before)
-        else:
-            # All devices take the same branch: there is a collective in it.
-            (plain, sums), grad = jax.lax.cond(jnp.any(now["last"]), with_head, without, before)
-        state = {**state, "plain": plain, "sums": self.head_reads.put(state["sums"], sums)}
+        plain, grads, grad = self._head(made, now)
+        sums = list(map(jnp.add, self.head_reads.pick(state["sums"]), grads))
+        state = {
+            **state,
+            "plain": state["plain"] + plain,
+            "sums": self.head_reads.put(state["sums"], sums),
+        }
         if self.schedule.returns_at_once:
             return state, grad
         losses = self.on_stage.store(state["losses"], grad, now["slot"], now["last"])

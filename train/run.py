@@ -49,6 +49,7 @@ from meshwright.train.parallelism import (
 )
 from meshwright.train.program import Program, step_spec
 from meshwright.train.progress import Progress
+from meshwright.train.relayout import Reordering
 from meshwright.train.runfolder import RunFolder
 from meshwright.train.state import TrainState
 from meshwright.train.stopping import StopSignals
@@ -156,7 +157,11 @@ def _train(run: _Run) -> int:
                 progress=progress,
                 stop=stop,
                 process_start=run.started,
-                extra={**start.extra, "mesh": str(program.spec.layout.mesh)},
+                extra={
+                    **start.extra,
+                    "mesh": str(program.spec.layout.mesh),
+                    "places": list(program.spec.model.places),
+                },
                 profile_folder=folder.profile,
                 peak_tokens_per_second=_peak_tokens(config),
             )
@@ -182,7 +187,12 @@ def _begin(config: TrainConfig, program: Program, checkpoints: Any) -> _Start:
         program.shapes,
         program.shardings,
     )
-    restored = checkpoints.restore(shapes)
+    model = program.spec.model
+
+    def reordering(extra: dict[str, Any]) -> Reordering:
+        return Reordering(extra.get("places", ()), model.places, int(model.live.sum()))
+
+    restored = checkpoints.restore(shapes, reordering)
     if "data" not in restored.extra:
         raise CheckpointError(
             "cannot resume: the checkpoint holds no data position",
