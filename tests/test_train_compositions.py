@@ -28,6 +28,14 @@ def base() -> TrainConfig:
 
 
 @functools.cache
+def deep(mixture: bool = False) -> TrainConfig:
+    """Layers enough for two stages of two chunks, and one more: a place stays empty."""
+    run = experts() if mixture else base()
+    first = run.model.experts.first_dense
+    return replace(run, model=replace(run.model, layers=5 + first))
+
+
+@functools.cache
 def batches() -> tuple[dict[str, np.ndarray], ...]:
     """Random tokens; rows of very different weight, so that a mean of means would show."""
     rng = np.random.default_rng(1)
@@ -41,26 +49,50 @@ def batches() -> tuple[dict[str, np.ndarray], ...]:
 
 
 @functools.cache
-def one_device() -> Result:
-    return run_case(base(), Case("data=1"), batches())
+def on_one_device(run: TrainConfig) -> Result:
+    return run_case(run, Case("data=1"), batches())
 
 
-def check(composition: Composition) -> None:
-    found = compare(one_device(), run_case(base(), composition.case, batches()))
+def check(run: TrainConfig, composition: Composition) -> None:
+    found = compare(on_one_device(run), run_case(run, composition.case, batches()))
     assert found.initial_equal
     assert found.gradient < LIMIT
     assert found.loss < LIMIT
 
 
-@pytest.mark.parametrize("composition", [*compositions(1), *compositions(2)], ids=str)
+def staged(composition: Composition) -> bool:
+    return "stage" in composition.case.mesh
+
+
+def chosen(found: list[Composition]) -> list[Composition]:
+    """Of pairs with stages one schedule each, another one for the next pair."""
+    pairs = [pair for pair in found if staged(pair)]
+    others = list(dict.fromkeys(pair.ways[1] for pair in pairs))
+    mine = {(SCHEDULES[at % 3], other) for at, other in enumerate(others)}
+    return [pair for pair in found if not staged(pair) or pair.ways in mine]
+
+
+SCHEDULES = list(WAYS["stage"])
+PAIRS = list(compositions(2))
+
+
+@pytest.mark.parametrize("composition", [*compositions(1), *chosen(PAIRS)], ids=str)
 def test_one_axis_and_pairs(composition: Composition) -> None:
-    check(composition)
+    check(deep() if staged(composition) else base(), composition)
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize(
+    "composition", [pair for pair in PAIRS if pair not in chosen(PAIRS)], ids=str
+)
+def test_every_schedule_in_pairs(composition: Composition) -> None:
+    check(deep(), composition)
 
 
 @pytest.mark.every_composition
 @pytest.mark.parametrize("composition", [*compositions(3), *compositions(4)], ids=str)
 def test_three_and_four_axes(composition: Composition) -> None:
-    check(composition)
+    check(deep() if staged(composition) else base(), composition)
 
 
 @functools.cache
@@ -71,33 +103,25 @@ def experts() -> TrainConfig:
     return replace(run, model=replace(run.model, layers=3, experts=mixture))
 
 
-@functools.cache
-def experts_on_one_device() -> Result:
-    return run_case(experts(), Case("data=1"), batches())
+def for_experts(count: int) -> list[Composition]:
+    """Without context, which is refused, and of schedules with 1f1b."""
+    found = [found for found in compositions(count) if "context" not in found.case.mesh]
+    return [one for one in found if not staged(one) or one.case.schedule == "1f1b"]
 
 
-def without_context(count: int) -> list[Composition]:
-    return [found for found in compositions(count) if "context" not in found.case.mesh]
-
-
-def check_experts(composition: Composition) -> None:
-    found = compare(experts_on_one_device(), run_case(experts(), composition.case, batches()))
-    assert found.initial_equal and found.gradient < LIMIT and found.loss < LIMIT
-
-
-@pytest.mark.parametrize("composition", without_context(1), ids=str)
+@pytest.mark.parametrize("composition", [c for c in for_experts(1) if not staged(c)], ids=str)
 def test_experts_on_one_axis(composition: Composition) -> None:
-    check_experts(composition)
+    check(experts(), composition)
 
 
 @pytest.mark.every_composition
-@pytest.mark.parametrize("composition", [*without_context(2), *without_context(3)], ids=str)
+@pytest.mark.parametrize("composition", [*for_experts(2), *for_experts(3)], ids=str)
 def test_experts_on_more_axes(composition: Composition) -> None:
-    check_experts(composition)
+    check(deep(mixture=True) if staged(composition) else experts(), composition)
 
 
 def test_the_yardstick_is_clipped_and_the_losses_move() -> None:
-    found = one_device()
+    found = on_one_device(base())
     squares = [float(np.sum(leaf**2)) for leaf in np_leaves(found.gradients)]
     assert np.sqrt(sum(squares)) > base().optimizer.clip_norm
     assert len(found.losses) == STEPS and len(set(found.losses)) == STEPS

@@ -2,18 +2,20 @@
 
 A mesh axis is used in one of a few *ways*: the data axis for plain data parallelism or a ZeRO
 stage, the tensor axis with or without sequence parallelism, the context axis with one of three
-kinds of attention. A composition is a choice of axes and a way for each, so *all* of them can be
-listed, and a new way is in every list as soon as it is in `WAYS`. What a composition leaves open
-(microbatches, how they are summed, the order of tokens, what is recomputed) is dealt round over the
-list, so that neighbours differ; each setting meets each way many times over.
+kinds of attention, the stage axis with one of three schedules. A composition is a choice of axes
+and a way for each, so *all* of them can be listed, and a new way is in every list as soon as it is
+in `WAYS`. What a composition leaves open (microbatches, how they are summed, the order of tokens,
+what is recomputed; the schedule where there are three axes) is dealt round over the list, so that
+neighbours differ; each setting meets each way many times over.
 
-The tests hold single axes and pairs in the default run, and three and four axes on request.
+The tests hold single axes and pairs in the default run, with one schedule for each pair, and the
+rest on request.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,11 @@ from meshwright.train.parity import Case
 __all__ = ["WAYS", "Composition", "compositions"]
 
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "stage": {
+        "1f1b": {"schedule": "1f1b"},
+        "gpipe": {"schedule": "gpipe"},
+        "interleaved": {"schedule": "interleaved"},
+    },
     "data": {"data": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}},
     "fsdp": {"fsdp": {}},
     "context": {
@@ -62,14 +69,23 @@ class Composition:
 def compositions(count: int) -> Iterator[Composition]:
     """All compositions of so many axes, on 8 devices.
 
+    Stages are one of at most three axes: there are eight devices.
+
     >>> [str(found) for found in compositions(4)][:2]
     ['data fsdp context-ring tensor', 'data fsdp context-ring sequence']
     >>> [len(list(compositions(count))) for count in (1, 2, 3, 4)]
-    [9, 29, 39, 18]
+    [12, 56, 68, 18]
     """
     number = 0
     for axes in itertools.combinations(WAYS, count):
-        for ways in itertools.product(*(WAYS[axis] for axis in axes)):
+        if "stage" in axes and count > 3:
+            continue
+        dealt = count > 2 and "stage" in axes
+        options = [list(WAYS[axis])[: 1 if dealt and axis == "stage" else None] for axis in axes]
+        for chosen in itertools.product(*options):
+            ways = chosen
+            if dealt:
+                ways = (list(WAYS["stage"])[number % 3], *chosen[1:])
             fields: dict[str, Any] = {}
             for axis, way in zip(axes, ways, strict=True):
                 fields |= WAYS[axis][way]
@@ -77,16 +93,22 @@ def compositions(count: int) -> Iterator[Composition]:
             fields["remat"] = _REMAT[number % len(_REMAT)]
             if "context" in axes:
                 fields["order"] = _ORDERS[number // 2 % len(_ORDERS)]
-            sizes = _sizes(count, number)
+            if "stage" in axes:
+                fields["grad_accum"] = 4
+            sizes = _sizes(count, number, axes)
             mesh = ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
             yield Composition(ways, Case(mesh, **fields))
             number += 1
 
 
-def _sizes(count: int, number: int) -> list[int]:
-    """Axis sizes that multiply to the devices, none of them one where that is possible."""
+def _sizes(count: int, number: int, axes: Sequence[str]) -> list[int]:
+    """Axis sizes that multiply to the devices, none of them one where that is possible; two stages,
+    as more would ask for deep models."""
+    if axes == ("stage",):
+        return [2]
     if count > 3:
         return [2, 2, 2, *[1] * (count - 3)]
     sizes = [2] * count
-    sizes[number % count] *= _DEVICES // 2**count
+    first = int("stage" in axes)
+    sizes[first + number % (count - first)] *= _DEVICES // 2**count
     return sizes
