@@ -112,7 +112,7 @@ def _of_move(
             axes=move.groups.axes,
             count=move.count,
             bytes=full * move.count,
-            wire_bytes=ring_bytes(move.kind, full * move.count, n),
+            wire_bytes=_sent(move, full * move.count),
             phase=phase,
             overlaps=move.overlaps,
             source=program.module.source_of(origin),
@@ -126,6 +126,12 @@ def _of_move(
         )
         found.append((move.instruction, collective))
     return found
+
+
+def _sent(move: Move, size_bytes: int) -> int:
+    """Bytes that a device sends; the mean over devices of a permute in which some do not."""
+    sent = ring_bytes(move.kind, size_bytes, move.groups.participants)
+    return round(sent * move.groups.senders)
 
 
 def _pieces(program: Program, move: Move) -> list[Part]:

@@ -19,7 +19,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshwright.sharding.hlo import HloSyntaxError
 
@@ -46,12 +46,14 @@ class GroupAxes:
         participants: members of one group (the largest, if they differ).
         partial: True where a group spans only a part of an axis in ``axes``.
         regular: False where groups differ in size, so that no single ρ is right.
+        senders: part of the mesh's devices that send; less than 1 in a permute that is no ring.
     """
 
     axes: tuple[str, ...]
     participants: int
     partial: bool = False
     regular: bool = True
+    senders: float = field(default=1.0, repr=False, compare=False)
 
 
 _MAX_IDS = 1 << 22  # a damaged number must not fill the memory
@@ -196,7 +198,9 @@ def axes_of_pairs(
     if not connected:
         return GroupAxes((), 1)
     found = axes_of_groups(tuple(tuple(group) for group in connected.values()), sizes, whole)
-    return GroupAxes(found.axes, found.participants, found.partial)
+    devices = math.prod(size for _, size in whole or sizes)
+    senders = sum(source != target for source, target in pairs) / devices
+    return GroupAxes(found.axes, found.participants, found.partial, senders=senders)
 
 
 def _coordinates(position: int, sizes: Sequence[tuple[str, int]]) -> tuple[int, ...]:

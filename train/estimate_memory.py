@@ -201,7 +201,7 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         width = itemsize if copied else 4
         gradient = group.elements / parts(reduced) * width
         if group.layered:
-            layer += group.elements / parts(compute) * itemsize / model.layers
+            layer += group.elements / parts(compute) * itemsize / placement.layers
             layers_gradients += gradient
             casts += group.elements / parts(working) * itemsize * (not copied)
             copies += group.elements / parts(working) * itemsize * copied
@@ -215,11 +215,11 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
     embed = tokens * model.embed * itemsize
     return _Sizes(
         stream=embed,
-        inputs=model.layers * embed / split("sequence"),
-        kept=model.layers * tokens * kept,
+        inputs=placement.layers_kept * embed / split("sequence"),
+        kept=placement.layers_kept * tokens * kept,
         hidden=tokens * model.active_mlp / split("mlp") * itemsize,
         scores=tokens * length * model.heads / split("heads"),
-        logits=tokens * model.vocab_size / split("vocab"),
+        logits=placement.head_tokens * model.vocab_size / split("vocab"),
         layer=layer,
         mlp_weight=model.embed
         * max(1, model.experts.count)
@@ -317,7 +317,7 @@ def _hole(placement: Placement, sizes: _Sizes) -> float:
     loop, reads those of grouped heads in another order than the loop: one is copied into it."""
     model = placement.config.model
     grouped = model.heads != model.kv_heads
-    return 4 * sizes.scores * model.layers if sizes.peels and grouped else 0.0
+    return 4 * sizes.scores * placement.layers if sizes.peels and grouped else 0.0
 
 
 def _last_dim_masters(placement: Placement) -> float:
@@ -329,6 +329,11 @@ def _last_dim_masters(placement: Placement) -> float:
         names = {name for name, _ in group.dims}
         if group.layered and {"embed", "mlp"} <= names or {"embed", "heads"} <= names:
             own = dict(group.dims)["mlp"] if "mlp" in names else queries
-            one = model.layers * model.embed * own * dict(group.dims).get("experts", 1)
+            one = (
+                dict(group.dims).get("layers", 1)
+                * model.embed
+                * own
+                * dict(group.dims).get("experts", 1)
+            )
             total += 4 * one / placement.parts(masters)
     return total

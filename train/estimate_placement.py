@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from meshwright.models.config import ModelConfig
 from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules, Table
+from meshwright.sharding.schedule import Schedule, layer_slots
 from meshwright.train.config import OptimizerConfig, TrainConfig
-from meshwright.train.parallelism import check_batch
+from meshwright.train.parallelism import check_batch, choose_places, choose_schedule
 from meshwright.train.shapes import WeightGroup, groups_of, moment_groups
 
 __all__ = ["Axes", "PlacedGroup", "Placement", "place"]
@@ -93,6 +94,8 @@ class Placement:
             (`meshwright.train.embedding`) and the table is not gathered; else empty.
         rows: of a microbatch on a device.
         length: tokens of a row on a device.
+        schedule: of the stages, where the layers are split over some.
+        stage: the axes that split them.
     """
 
     config: TrainConfig
@@ -105,6 +108,35 @@ class Placement:
     exchanged: Axes
     rows: int
     length: int
+    schedule: Schedule | None = None
+    stage: Axes = ()
+
+    @property
+    def layers(self) -> int:
+        """Layers that a device works on; places for them, where stages have not equally many."""
+        model, schedule = self.config.model, self.schedule
+        if schedule is None:
+            return model.layers
+        first = model.experts.first_dense
+        places = layer_slots(model.layers - first, schedule.stages, schedule.chunks)
+        return len(places) // schedule.stages + first
+
+    @property
+    def layers_kept(self) -> float:
+        """Layers whose activations a device keeps for the backward pass, of all microbatches."""
+        if self.schedule is None:
+            return self.layers
+        return self.layers * self.schedule.slots / self.schedule.chunks
+
+    @property
+    def head_tokens(self) -> float:
+        """Tokens of a microbatch whose logits a device works on."""
+        return self.tokens / (self.schedule.stages if self.schedule else 1)
+
+    @property
+    def ticks(self) -> float:
+        """How often a device runs its layers in a step, over the microbatches; 1 but for stages."""
+        return 1 / (1 - self.schedule.idle_fraction) if self.schedule else 1.0
 
     @property
     def tokens(self) -> int:
@@ -144,7 +176,7 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         parts = 1
         for axis in axes:
             parts *= sizes.get(axis, 1)
-        if size % parts:
+        if size % parts and dim != "layers":  # which have places for more
             _refuse_size(dim, size, axes, table, parts, mesh)
     real = {axis for axis, size in sizes.items() if size > 1}
     order = tuple(axis for axis in sizes if axis in real)
@@ -173,6 +205,14 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
     local = config.batch_size // config.grad_accum // parts[0] * (config.seq_len // parts[1])
     if set(exchanged) & set(deferred) or local >= model.vocab_size:
         exchanged = ()  # `Weights.exchange_for`: a table of fewer rows than tokens is gathered
+    stage = kept(rules.axes_for("params", "layers"))
+    schedule = (
+        choose_schedule(config, math.prod([sizes[axis] for axis in stage])) if stage else None
+    )
+    if stage:
+        places = choose_places(config, mesh)
+        groups = tuple([_with_places(placed, len(places)) for placed in groups])
+        state = [(_with_empty(group, len(places)), axes) for group, axes in state]
     return Placement(
         config=config,
         sizes=sizes,
@@ -184,7 +224,22 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         exchanged=exchanged,
         rows=rows // parts[0],
         length=config.seq_len // parts[1],
+        schedule=schedule,
+        stage=stage,
     )
+
+
+def _with_places(placed: PlacedGroup, places: int) -> PlacedGroup:
+    return placed._replace(group=_with_empty(placed.group, places))
+
+
+def _with_empty(group: WeightGroup, places: int) -> WeightGroup:
+    """The group as it is stored, with empty places among its layers."""
+    layers = dict(group.dims).get("layers")
+    if not places or layers in (None, places):
+        return group
+    dims = tuple([(dim, places if dim == "layers" else size) for dim, size in group.dims])
+    return replace(group, dims=dims, elements=group.elements // layers * places)
 
 
 @lru_cache(maxsize=4096)

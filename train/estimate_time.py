@@ -101,11 +101,12 @@ def work_of(placement: Placement, *, itemsize: int, fused_attention: bool, kind:
         kind: ``tpu`` or ``gpu``, for how the fused kernel and fusions work.
     """
     config = placement.config
-    model, layers = config.model, config.model.layers
+    model, layers = config.model, placement.layers * placement.ticks
     tokens = placement.tokens * config.grad_accum
+    scored = placement.head_tokens * config.grad_accum
     forward, attention, last, head = _token_flops(placement, fused_attention, kind)
     again = forward - last if model.remat in ("full", "save-attention") else 0.0
-    matmuls = tokens * (layers * (3 * forward + again) + 3 * head)
+    matmuls = tokens * layers * (3 * forward + again) + scored * 3 * head
     # Forward, backward, and the forward pass once more where it is not kept.
     kept = model.remat == "none" or (model.remat == "save-attention" and fused_attention)
     times = 1 + (_FUSED_BACKWARD[kind] if fused_attention else 2) + (not kept)
@@ -173,7 +174,8 @@ def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str)
         heads = model.heads / placement.split("heads")
         token += (4 * wide + itemsize * narrow + masks) * heads * config.seq_len
     logits = passes.logits * 4 * model.vocab_size / placement.split("vocab")
-    return weights + placement.tokens * micro * (model.layers * token + logits)
+    layers = placement.layers * placement.ticks
+    return weights + micro * (placement.tokens * layers * token + placement.head_tokens * logits)
 
 
 def _kept_bytes(placement: Placement, itemsize: int, fused: bool, kind: str) -> float:

@@ -21,6 +21,9 @@ them is split over the same axes, an all-gather and a reduce-scatter stand for e
 
 **Keys and values** cross the axes that split the length of rows: `meshwright.train.context`.
 
+**Stages** pass activations on and gradients back; what is outside of the layers is gathered, and
+its gradients are summed, over their axis once a step: `meshwright.train.pipeline`.
+
 **Scalars**: loss and token count over the token axes, the gradient norm over those of the masters.
 
 The lower bound is the sum of these same terms: they are what this model, mesh and strategy cannot
@@ -98,6 +101,7 @@ def expected_collectives(
     _exchange(moves, compute_itemsize)
     _activations(moves, compute_itemsize)
     _context(moves, compute_itemsize)
+    _stages(moves, compute_itemsize)
     _scalars(moves)
     return moves.collectives()
 
@@ -136,7 +140,7 @@ class _Moves:
 
     def collectives(self) -> tuple[Collective, ...]:
         placement = self.placement
-        layers, found = placement.config.model.layers, []
+        layers, found = placement.layers, []
         inside = self.microbatches > 1
         for (kind, axes, phase, layered, itemsize, leaf), (size, leaves) in self._found.items():
             parts = placement.parts(axes)
@@ -196,6 +200,9 @@ def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
     """Reductions of one group's gradient, from partial sums to the masters' layout."""
     group, placement = placed.group, moves.placement
     deferred = placement.deferred
+    if placement.stage and not group.layered:
+        # Every stage works on embedding and head, and sums for itself.
+        deferred = (*deferred, *placement.stage)
     unsummed = (*_less(placement.token_axes, deferred), *placed.partial)
     now = tuple([axis for axis in placement.sizes if axis in unsummed])
     size = group.elements / placement.parts(placed.compute) * itemsize * moves.microbatches
@@ -248,7 +255,7 @@ def _activations(moves: _Moves, itemsize: int) -> None:
     stream = tokens * model.embed * itemsize  # one activation A, all microbatches
     heads, mlp, vocab = (placement.activations[dim] for dim in ("heads", "mlp", "vocab"))
     sequence = placement.activations["sequence"]
-    layers, again = model.layers, model.remat in ("full", "save-attention")
+    layers, again = placement.layers, model.remat in ("full", "save-attention")
 
     def enter(axes: Axes, phase: Phase, leaf: str, size: float, layered: bool = True) -> None:
         """Where a region begins: nothing to do but in a stream that is split."""
@@ -275,11 +282,13 @@ def _activations(moves: _Moves, itemsize: int) -> None:
     if again:
         # The MLP's output is the next layer's input, which was kept; the sum of attention's is not.
         leave(heads, "backward", "attention's output again", layers * stream)
+    scored = placement.head_tokens * moves.microbatches
+    part = stream * scored / tokens
     leave(vocab, "forward", "embedding", stream, layered=False)
-    enter(vocab, "forward", "head", stream, layered=False)
-    leave(vocab, "backward", "head", stream, layered=False)
+    enter(vocab, "forward", "head", part, layered=False)
+    leave(vocab, "backward", "head", part, layered=False)
     enter(vocab, "backward", "embedding", stream, layered=False)
-    scalars = _TOKEN_SCALARS * 4 * tokens
+    scalars = _TOKEN_SCALARS * 4 * scored
     moves.add("all-reduce", vocab, scalars, "forward", "cross-entropy", itemsize=4)
     shared = _less(heads, placement.activations["kv_heads"])
     if shared:
@@ -306,7 +315,7 @@ def _context(moves: _Moves, itemsize: int) -> None:
         return
     tokens = placement.tokens * moves.microbatches
     width = 2 * model.head_dim * max(model.kv_heads / placement.split("kv_heads"), 1)
-    keys = model.layers * tokens * width * itemsize  # K of all layers and microbatches
+    keys = placement.layers * tokens * width * itemsize  # K of all layers and microbatches
     again = model.remat in ("full", "dots")  # attention's output is not kept
 
     def add(kind: Kind, phase: Phase, size: float, leaf: str, *, f32: bool = False) -> None:
@@ -318,7 +327,7 @@ def _context(moves: _Moves, itemsize: int) -> None:
 
     if config.context.kind == "ulysses":
         heads = model.heads / placement.split("heads")
-        rows = tokens * model.head_dim * model.layers * itemsize
+        rows = tokens * model.head_dim * placement.layers * itemsize
         shared = max(model.kv_heads / placement.split("kv_heads"), parts)
         phases: tuple[Phase, ...] = ("forward", "backward")
         for phase in phases + phases[1:] * again:
@@ -334,6 +343,27 @@ def _context(moves: _Moves, itemsize: int) -> None:
     add("all-gather", "forward", parts * keys, "keys and values")
     add("all-gather", "backward", parts * keys * (1 + again), "keys and values again")
     add("reduce-scatter", "backward", parts * keys, "gradients of keys")
+
+
+def _stages(moves: _Moves, itemsize: int) -> None:
+    """What stages pass on, the mean over them: the last sends nothing on, the first nothing back.
+
+    Besides, the last stage deals its tokens to all, for the head, and gets their gradients back.
+    """
+    placement, schedule = moves.placement, moves.placement.schedule
+    if schedule is None:
+        return
+    stream = placement.tokens * moves.microbatches * placement.config.model.embed * itemsize
+    stream /= placement.split("sequence")
+    dealt = (schedule.stages - 1) / schedule.stages**2 * stream
+    phases: tuple[Phase, ...] = ("forward", "backward")
+    for phase in phases:
+        hop = (schedule.chunks - 1 / schedule.stages) * stream
+        moves.add("collective-permute", placement.stage, hop, phase, "stages", itemsize=itemsize)
+        moves.add(
+            "collective-permute", placement.stage, dealt, phase, "head's tokens",
+            itemsize=itemsize, leaves=schedule.stages - 1,
+        )  # fmt: skip
 
 
 def _scalars(moves: _Moves) -> None:

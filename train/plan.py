@@ -55,7 +55,13 @@ from meshwright.train.estimate_memory import MARGIN
 from meshwright.train.estimate_traffic import lower_bounds
 from meshwright.train.explain import decisions_json, layout_of
 from meshwright.train.layout import Layout
-from meshwright.train.parallelism import check_batch, choose_mesh, choose_places, choose_rules
+from meshwright.train.parallelism import (
+    check_batch,
+    choose_mesh,
+    choose_places,
+    choose_rules,
+    choose_schedule,
+)
 from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape
 from meshwright.train.program import Program, step_spec
 
@@ -298,8 +304,7 @@ class Plan:
             leaves.append(PlacedLeaf(leaf.path, shape, leaf.dtype.itemsize, leaf.size_bytes, parts))
             scattered |= {axis for entry in spec for axis in axes_of(entry) if axis in tokens}
             stacked = bool(leaf.dims) and leaf.dims[0] == "layers"
-            times = 2 * config.model.layers if stacked else 1
-            gathers[leaf.path] = times * config.grad_accum
+            gathers[leaf.path] = self._uses(stacked=stacked)
         return PlanFacts(
             collectives,
             self.mesh,
@@ -316,6 +321,16 @@ class Plan:
             accumulates=config.grad_accum > 1,
         )
 
+    def _uses(self, *, stacked: bool) -> int:
+        """How often a step needs a weight: layers forwards and backwards."""
+        config, stages = self.config, self.mesh.sizes.get("stage", 1)
+        if stages == 1:
+            return config.grad_accum * (2 * config.model.layers if stacked else 1)
+        schedule = choose_schedule(config, stages)
+        places = len(self.model.live) // stages // schedule.chunks
+        # Body in both directions, and head, at every tick.
+        return schedule.forward_ticks * (2 * places if stacked else 3)
+
     def _activations(self) -> frozenset[tuple[str, str]]:
         """How strategies move activations: see `PlanFacts.activations`."""
         kinds = {
@@ -326,6 +341,7 @@ class Plan:
         length, stream = self.rules.axes_for("activations", "length"), self.rules.stream_axes()
         found = {(kind, axis) for kind in kinds for axis in length}
         found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in stream}
+        found |= {("collective-permute", "stage")} if "stage" in self.mesh.names else set()
         return frozenset(found)
 
     def _model(self, kernel: str) -> dict[str, Any]:
