@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.strategies import data as data
     from meshwright.sharding.strategies import fold as fold
     from meshwright.sharding.strategies import fsdp as fsdp
+    from meshwright.sharding.strategies import pipeline as pipeline
     from meshwright.sharding.strategies import sequence as sequence
     from meshwright.sharding.strategies import tensor as tensor
     from meshwright.sharding.strategies import zero1 as zero1
@@ -104,6 +105,7 @@ __all__ = [
     "fold",
     "fsdp",
     "init_sharded",
+    "pipeline",
     "print_report",
     "report_html",
     "report_json",
@@ -163,6 +165,7 @@ _MODULE_OF = {
     "report_json": "plan_json",
     "resolve": "decisions",
     "shardings_of": "placement",
+    "pipeline": "strategies",
     "sequence": "strategies",
     "tensor": "strategies",
     "zero1": "strategies",

@@ -281,6 +281,10 @@ class Rules:
         sequence = self.axes_for("activations", "sequence")
         return tuple(axis for axis in sequence if axis not in length)
 
+    def stage_axes(self) -> tuple[str, ...]:
+        """Mesh axes whose devices are stages of a pipeline, each with layers of its own."""
+        return tuple(axis for name, axis in self.strategies if name == "pipeline")
+
     def user_rules(self, table: Table) -> tuple[Rule, ...]:
         """The rules of a table that no strategy wrote."""
         return tuple(rule for rule in self.table(table) if rule.source == _USER)

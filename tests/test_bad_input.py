@@ -97,7 +97,7 @@ def assert_refused(runs: Runs, words: str, message: str, code: int = 2) -> None:
         ("--mesh data=4,tensor=4", "4 × 4 = 16 is not 8\n.*data=2,tensor=4 or data=4,tensor=2"),
         ("--mesh data=3,fsdp=-1", "3 = 3 does not divide 8"),
         ("--mesh data=2 --topology cpu:3", "cpu:3 has 3 devices; .*\n.*--topology cpu:2"),
-        ("--mesh stage=8", "mesh axis `stage`\n.*\n.*no strategy in this version"),
+        ("--mesh replica=8", "mesh axis `replica`\n.*\n.*no strategy in this version"),
         ("--topology cpu:16", "backend already started in this process with 8\n.*use cpu:8"),
         ("--topology cpu:0", "at least 1"),
         ("--topology gpu:8", "`gpu` is not a chip"),
@@ -155,6 +155,30 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
         ("--mesh fsdp=8 --context.kind ulysses", "context.kind=ulysses\n.*\n.*there is none"),
         ("--mesh fsdp=8 --sequence", "sequence=True\n.*\n.*tensor axis, and there is none"),
         ("--mesh fsdp=4,context=2 --model tiny-moe", "row by row"),
+        # Stages, and what they are filled with.
+        ("--mesh stage=4,data=2 --grad-accum 2", "4 stages with 2 .*\n.*\n.*\n.*--grad-accum 4 or"),
+        (
+            "--mesh stage=2,data=4 --grad-accum 3 --batch-size 12 --model.layers 4"
+            " --pipeline.schedule interleaved",
+            "3 microbatches over 2 stages\n.*\n.*groups of 2.*\n.*--grad-accum 2 or 4",
+        ),
+        (
+            "--mesh stage=4,data=2 --grad-accum 4",
+            "2 layers into 4 groups\n.*\n.*4 is more than 2.*\n.*stage=2 or less",
+        ),
+        (
+            "--mesh stage=2,data=4 --grad-accum 2 --pipeline.schedule interleaved",
+            "2 layers into 4 groups\n.*2 chunks a stage.*\n.*\n.*stage=1 or less",
+        ),
+        ("--mesh fsdp=8 --pipeline.schedule gpipe", "pipeline.schedule=gpipe\n.*\n.*there is none"),
+        (
+            "--mesh stage=2,data=4 --grad-accum 2 --pipeline.chunks 3",
+            "pipeline.chunks=3\n.*\n.*only where they are interleaved",
+        ),
+        (
+            "--mesh stage=2,data=4 --grad-accum 2 --rules params.layers=none",
+            "`params.layers → none`\n.*\n.*layers of its own",
+        ),
         # An axis used twice.
         (
             "--mesh fsdp=8 --rules params.mlp=fsdp",

@@ -47,7 +47,8 @@ FLAGS = """\
 --model.rope-theta --model.tied --model.vocab-size --optimizer.b1 --optimizer.b2
 --optimizer.clip-norm --optimizer.decay-fraction --optimizer.eps --optimizer.final-fraction
 --optimizer.learning-rate --optimizer.momentum --optimizer.name --optimizer.schedule
---optimizer.warmup-steps --optimizer.weight-decay --out --profile-steps --resume --rules
+--optimizer.warmup-steps --optimizer.weight-decay --out --pipeline.chunks --pipeline.schedule
+--profile-steps --resume --rules
 --sample-prompt --sample-tokens --seed --seq-len --sequence --steps --tensorboard --topology
 --zero
 """

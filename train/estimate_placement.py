@@ -205,15 +205,7 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
     local = config.batch_size // config.grad_accum // parts[0] * (config.seq_len // parts[1])
     if set(exchanged) & set(deferred) or local >= model.vocab_size:
         exchanged = ()  # `Weights.exchange_for`: a table of fewer rows than tokens is gathered
-    stage = kept(rules.axes_for("params", "layers"))
-    schedule = (
-        choose_schedule(config, math.prod([sizes[axis] for axis in stage])) if stage else None
-    )
-    if stage:
-        places = choose_places(config, mesh)
-        groups = tuple([_with_places(placed, len(places)) for placed in groups])
-        state = [(_with_empty(group, len(places)), axes) for group, axes in state]
-    return Placement(
+    placement = Placement(
         config=config,
         sizes=sizes,
         groups=groups,
@@ -224,13 +216,23 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         exchanged=exchanged,
         rows=rows // parts[0],
         length=config.seq_len // parts[1],
-        schedule=schedule,
-        stage=stage,
+        stage=kept(rules.stage_axes()),
     )
+    return _staged(placement, mesh) if placement.stage else placement
 
 
-def _with_places(placed: PlacedGroup, places: int) -> PlacedGroup:
-    return placed._replace(group=_with_empty(placed.group, places))
+def _staged(placement: Placement, mesh: MeshSpec) -> Placement:
+    """With a schedule, and layers as stages store them; no rows of the embedding are exchanged."""
+    config, places = placement.config, len(choose_places(placement.config, mesh))
+    groups = [p._replace(group=_with_empty(p.group, places)) for p in placement.groups]
+    moments = [(_with_empty(group, places), axes) for group, axes in placement.moments]
+    return replace(
+        placement,
+        groups=tuple(groups),
+        moments=tuple(moments),
+        exchanged=(),
+        schedule=choose_schedule(config, placement.parts(placement.stage)),
+    )
 
 
 def _with_empty(group: WeightGroup, places: int) -> WeightGroup:

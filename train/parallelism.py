@@ -107,6 +107,15 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
     rules = fold(*strategies)
     for text in config.rules:
         rules = rules.with_text(text)
+    for table in ("params", "gradients", "optimizer"):
+        stage, layers = rules.stage_axes(), rules.axes_for(table, "layers")
+        if stage and layers != stage:
+            raise RulesError(
+                f"cannot lay out layers as `{table}.layers → {'+'.join(layers) or 'none'}`",
+                where=f"mesh {mesh}",
+                why="each stage of the pipeline works on layers of its own, and holds them",
+                fix=f"leave the rule out, or `{stage[0]}` out of the mesh",
+            )
     return rules
 
 

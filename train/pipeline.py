@@ -43,12 +43,12 @@ from meshwright.train.weights import LAYERS
 
 __all__ = ["Pipeline"]
 
-State = dict[str, Any]
+_State = dict[str, Any]
 """What ticks hand on: ``x`` and ``grad`` (arrived at each stage, from before and after), ``kept``
 (what units leave for their way back), ``losses`` (gradients of the last stage's results), ``sums``
 (gradients so far) and ``plain`` (loss so far)."""
 
-Tick = dict[str, jax.Array]
+_Tick = dict[str, jax.Array]
 """One row of `Units`: arrays [stages]; and ``live``."""
 
 
@@ -148,7 +148,7 @@ class _Run:
         sizes = *map(self.replicas.size, self.replicas.levels), self.schedule.stages
         jax.eval_shape(self.replicas.mapped(over_stages), jax.ShapeDtypeStruct(sizes, jnp.float32))
 
-    def start(self) -> State:
+    def start(self) -> _State:
         """Before the first tick."""
         floats, _ = floats_of(self.carry)
         slots, stages = self.schedule.slots, self.schedule.stages
@@ -170,20 +170,20 @@ class _Run:
 
     def ticks(
         self,
-        state: State,
+        state: _State,
         ticks: range,
         *,
         forwards: bool = False,
         backwards: bool = False,
         head: bool = False,
-    ) -> State:
+    ) -> _State:
         """Ticks of one kind, as a loop."""
         if not ticks:
             return state
         units = self._units(ticks, forwards=forwards, backwards=backwards)
         return jax.lax.scan(functools.partial(self._tick, head=head), state, units)[0]
 
-    def rounds(self, state: State, ticks: range) -> State:
+    def rounds(self, state: _State, ticks: range) -> _State:
         """Ticks in both directions, a loop over rounds: those of the model's last chunk have a
         head. A conditional in one loop would put its collectives in a branch."""
         if not ticks:
@@ -193,7 +193,7 @@ class _Run:
         units = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), units)
         without = size - self.schedule.stages
 
-        def one(state: State, units: Any) -> tuple[State, None]:
+        def one(state: _State, units: Any) -> tuple[_State, None]:
             for head, part in ((False, slice(without)), (True, slice(without, None))):
                 some = jax.tree.map(operator.itemgetter(part), units)
                 state = jax.lax.scan(functools.partial(self._tick, head=head), state, some)[0]
@@ -203,7 +203,7 @@ class _Run:
 
     def _units(
         self, ticks: range, *, forwards: bool, backwards: bool
-    ) -> tuple[Tick | None, Tick | None]:
+    ) -> tuple[_Tick | None, _Tick | None]:
         """What there is to do at some ticks, in each direction."""
         schedule = self.schedule
         start, stop = ticks.start - schedule.delay, ticks.stop - schedule.delay
@@ -212,8 +212,8 @@ class _Run:
         return self._arrays(there), self._arrays(back)
 
     def _tick(
-        self, state: State, units: tuple[Tick | None, Tick | None], *, head: bool
-    ) -> tuple[State, None]:
+        self, state: _State, units: tuple[_Tick | None, _Tick | None], *, head: bool
+    ) -> tuple[_State, None]:
         there, back = units
         grad = None
         if there is not None:
@@ -229,7 +229,7 @@ class _Run:
         start = jax.tree.map(functools.partial(self._zeros, self.schedule.stages), self.carry)
         reads = self.body_reads
 
-        def tick(state: Any, now: Tick) -> tuple[Any, None]:
+        def tick(state: Any, now: _Tick) -> tuple[Any, None]:
             x, plain = state
 
             def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
@@ -254,7 +254,7 @@ class _Run:
         floats, others = floats_of(carry)
         return (floats, loss), others
 
-    def _forward(self, state: State, now: Tick) -> tuple[State, jax.Array]:
+    def _forward(self, state: _State, now: _Tick) -> tuple[_State, jax.Array]:
         """One unit forwards on every stage; also what the stages have made, before it moves on."""
 
         def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
@@ -266,7 +266,7 @@ class _Run:
         x = self.on_stage.shift(joined(self.carry, floats, others), 1)
         return {**state, "kept": list(map(store, state["kept"], kept)), "x": x}, floats[0]
 
-    def _loss(self, state: State, made: jax.Array, now: Tick) -> tuple[State, jax.Array | None]:
+    def _loss(self, state: _State, made: jax.Array, now: _Tick) -> tuple[_State, jax.Array | None]:
         """The head on what the last stage has made, and the gradient for it to take back."""
         plain, grads, grad = self._head(made, now)
         sums = list(map(jnp.add, self.head_reads.pick(state["sums"]), grads))
@@ -280,7 +280,7 @@ class _Run:
         losses = self.on_stage.store(state["losses"], grad, now["slot"], now["last"])
         return {**state, "losses": losses}, None
 
-    def _head(self, made: jax.Array, now: Tick, *, gradients: bool = True) -> Any:
+    def _head(self, made: jax.Array, now: _Tick, *, gradients: bool = True) -> Any:
         """Loss of the last stage's tokens, and its gradients: of what the head reads, and of the
         tokens, whole on the last stage again."""
         stage, reads = self.on_stage, self.head_reads
@@ -307,7 +307,7 @@ class _Run:
         grads, grad, plain = self.replicas.mapped(over_stages, out_axes=(None, 0, 0))(some, rows)
         return jnp.sum(plain), grads, stage.collect(grad, self.stream, made.shape[stage.at + 2])
 
-    def _backward(self, state: State, now: Tick, grad: jax.Array | None) -> State:
+    def _backward(self, state: _State, now: _Tick, grad: jax.Array | None) -> _State:
         """One unit backwards on every stage."""
         stage = self.on_stage
         kept = [stage.load(x, now["slot"]) for x in state["kept"]]
@@ -331,7 +331,7 @@ class _Run:
             "grad": stage.shift(back, -1),
         }
 
-    def _added(self, sums: Any, grads: list[jax.Array], now: Tick) -> Any:
+    def _added(self, sums: Any, grads: list[jax.Array], now: _Tick) -> Any:
         """Add gradients of units [lead, p, …] to the sums, where they are of a unit."""
         reads, lead = self.body_reads, len(self.weights.lead)
         layered = reads.pick(_layered(self.working))
@@ -372,7 +372,7 @@ class _Run:
 
         return self.replicas.mapped(over_stages, **how)
 
-    def _chunk(self, now: Tick) -> list[jax.Array]:
+    def _chunk(self, now: _Tick) -> list[jax.Array]:
         """The parameters that the body reads; of the layers, each stage's chunk [p, k, …]."""
         layered = self.body_reads.pick(_layered(self.working))
         leaves = self.body_reads.pick(self.working)
@@ -381,7 +381,7 @@ class _Run:
             for leaf, layer in zip(leaves, layered, strict=True)
         ]
 
-    def _rows(self, now: Tick) -> Batch:
+    def _rows(self, now: _Tick) -> Batch:
         """Each stage's microbatch, [R, p, rows, length]."""
         take = functools.partial(jnp.take, indices=now["microbatch"], axis=self.on_stage.at)
         return {name: self.on_stage.hold(take(x)) for name, x in self.batch.items()}
@@ -395,7 +395,7 @@ class _Run:
             for name, x in self.batch.items()
         }
 
-    def _arrays(self, units: Units | None) -> Tick | None:
+    def _arrays(self, units: Units | None) -> _Tick | None:
         if units is None:
             return None
         found: dict[str, Any] = dict(vars(units))

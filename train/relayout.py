@@ -3,7 +3,7 @@
 A pipeline stores the stacked layers as its stages hold them (`meshwright.sharding.schedule`): in
 order, unless chunks are interleaved or the layers do not divide evenly. A checkpoint says which
 layer each of its places holds. One that was saved in another order is read as it was saved and then
-reordered, on the devices, once; zeros fill places without a layer. The alternative, saving always
+reordered, on the devices, once, with room for it twice; zeros fill places without a layer. The alternative, saving always
 in order, would move the whole state between devices at every save.
 """
 
@@ -20,7 +20,7 @@ from meshwright.train.weights import LAYERS
 
 __all__ = ["Reordering"]
 
-Places = Sequence[int | None]
+_Places = Sequence[int | None]
 """The layer that each place of a stack holds; None for an empty one."""
 
 
@@ -32,7 +32,7 @@ class Reordering:
         layers: of the model's stack.
     """
 
-    def __init__(self, saved: Places, wanted: Places, layers: int) -> None:
+    def __init__(self, saved: _Places, wanted: _Places, layers: int) -> None:
         order = list(range(layers))
         self._saved, self._wanted = list(saved) or order, list(wanted) or order
 
@@ -73,7 +73,6 @@ class Reordering:
         return jax.jit(
             lambda state: jax.tree_util.tree_map_with_path(one, state),
             out_shardings=shardings,
-            donate_argnums=0,
         )
 
 

@@ -69,8 +69,7 @@ class Replicas:
         split = (*rows, *length)
         apart = tuple(axis for axis in split if axis in unreduced)
         now = tuple(axis for axis in split if axis not in unreduced)
-        layers = layout.rules.axes_for("params", "layers")
-        stage = tuple(axis for axis in layers if mesh.shape[axis] > 1)
+        stage = tuple(axis for axis in layout.rules.stage_axes() if mesh.shape[axis] > 1)
         return cls(mesh, rows, length, apart, now, order, stage)
 
     @property
