@@ -199,7 +199,6 @@ SIZES = [1, 2, 4, 8]
 CAPACITY = [
     *[Case(parts, capacity=2, gated=parts != 4) for parts in SIZES],
     Case(4, capacity=2, tensor=2, pair=True),
-    Case(2, capacity=6, lean=100),
 ]
 DROPLESS = [
     *[Case(parts) for parts in SIZES],
