@@ -171,8 +171,10 @@ class Experts(nnx.Module):
         sizes = {"experts": settings.count}
         embed, mlp = {"embed": config.embed}, {"mlp": config.expert_mlp}
         std = config.init_std
-        self.router = init.normal("router", std, **embed, **sizes)
-        self.bias = init.constant(0.0, **sizes) if settings.balance == "bias" else None
+        # A name of their own: every device routes, also where the experts are dealt to several.
+        routes = {"routes": settings.count}
+        self.router = init.normal("router", std, **embed, **routes)
+        self.bias = init.constant(0.0, **routes) if settings.balance == "bias" else None
         gated = config.activation == "swiglu"
         self.w_gate = init.normal("w_gate", std, **sizes, **embed, **mlp) if gated else None
         self.w_up = init.normal("w_up", std, **sizes, **embed, **mlp)

@@ -6,6 +6,7 @@ Single axes and pairs always, three and four axes with ``--all-compositions``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from test_train_parity import LIMIT, config
 
 from meshwright.models.config import ExpertConfig
-from meshwright.train.compositions import WAYS, Composition, compositions
+from meshwright.train.compositions import EXPERT_WAYS, WAYS, Composition, compositions
 from meshwright.train.config import TrainConfig
 from meshwright.train.parity import Case, Result, compare, run_case
 
@@ -67,31 +68,65 @@ def test_three_and_four_axes(composition: Composition) -> None:
 def experts() -> TrainConfig:
     """A mixture that drops tokens, with a shared expert and a dense first layer."""
     run = base()
-    mixture = ExpertConfig(count=4, top_k=2, mlp=32, shared=1, capacity_factor=1.0, first_dense=1)
+    mixture = ExpertConfig(count=8, top_k=2, mlp=32, shared=1, capacity_factor=1.0, first_dense=1)
     return replace(run, model=replace(run.model, layers=3, experts=mixture))
 
 
 @functools.cache
-def experts_on_one_device() -> Result:
-    return run_case(experts(), Case("data=1"), batches())
+def dropless() -> TrainConfig:
+    """As `experts`; nothing is dropped, and a bias evens the load."""
+    run = experts()
+    mixture = replace(run.model.experts, capacity_factor=None, balance="bias")
+    return replace(run, model=replace(run.model, experts=mixture))
 
 
-def without_context(count: int) -> list[Composition]:
-    return [found for found in compositions(count) if "context" not in found.case.mesh]
+@functools.cache
+def on_one_device(mixture: Callable[[], TrainConfig]) -> Result:
+    return run_case(mixture(), Case("data=1"), batches())
 
 
-def check_experts(composition: Composition) -> None:
-    found = compare(experts_on_one_device(), run_case(experts(), composition.case, batches()))
+def check_experts(composition: Composition, mixture: Callable[[], TrainConfig] = experts) -> None:
+    found = compare(on_one_device(mixture), run_case(mixture(), composition.case, batches()))
     assert found.initial_equal and found.gradient < LIMIT and found.loss < LIMIT
 
 
-@pytest.mark.parametrize("composition", without_context(1), ids=str)
+@pytest.mark.parametrize("composition", compositions(1, EXPERT_WAYS), ids=str)
 def test_experts_on_one_axis(composition: Composition) -> None:
     check_experts(composition)
 
 
+def dealt(count: int) -> list[Composition]:
+    return [found for found in compositions(count, EXPERT_WAYS) if "expert" in found.ways]
+
+
+BESIDE = [found for found in dealt(2) if found.ways in (("fsdp", "expert"), ("tensor", "expert"))]
+MIXTURES = pytest.mark.parametrize("mixture", [experts, dropless])
+
+
+@pytest.mark.parametrize(
+    ("composition", "mixture"), zip(BESIDE, [dropless, experts], strict=True), ids=str
+)
+def test_experts_dealt_to_devices(
+    composition: Composition, mixture: Callable[[], TrainConfig]
+) -> None:
+    check_experts(composition, mixture)
+
+
+@MIXTURES
 @pytest.mark.every_composition
-@pytest.mark.parametrize("composition", [*without_context(2), *without_context(3)], ids=str)
+@pytest.mark.parametrize("composition", [*dealt(2), *dealt(3)], ids=str)
+def test_experts_dealt_to_devices_and_more(
+    composition: Composition, mixture: Callable[[], TrainConfig]
+) -> None:
+    check_experts(composition, mixture)
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize(
+    "composition",
+    [c for n in (2, 3) for c in compositions(n, EXPERT_WAYS) if "expert" not in c.ways],
+    ids=str,
+)
 def test_experts_on_more_axes(composition: Composition) -> None:
     check_experts(composition)
 

@@ -20,16 +20,11 @@ from meshwright.models.experts import apply_experts
 from meshwright.sharding.bounds import expert_layer_bytes
 from meshwright.sharding.collectives import collectives_of
 from meshwright.sharding.errors import PlacementError
+from meshwright.sharding.expert_layout import DroplessWay, check_experts, dropless_way
 from meshwright.sharding.hlo import parse_module
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.train.expert_carriers import Ragged
-from meshwright.train.expert_exchange import (
-    EXPERTS,
-    DroplessWay,
-    ExpertExchange,
-    check_experts,
-    dropless_way,
-)
+from meshwright.train.expert_exchange import EXPERTS, ExpertExchange
 
 Traffic = dict[tuple[str, ...], tuple[int, float]]
 """(phase, kind, axis) → executions and wire bytes."""

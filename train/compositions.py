@@ -3,9 +3,10 @@
 A mesh axis is used in one of a few *ways*: the data axis for plain data parallelism or a ZeRO
 stage, the tensor axis with or without sequence parallelism, the context axis with one of three
 kinds of attention. A composition is a choice of axes and a way for each, so *all* of them can be
-listed, and a new way is in every list as soon as it is in `WAYS`. What a composition leaves open
-(microbatches, how they are summed, the order of tokens, what is recomputed) is dealt round over the
-list, so that neighbours differ; each setting meets each way many times over.
+listed, and a new way is in every list as soon as it is in `WAYS`. Models with
+experts have one more. What a composition leaves open (microbatches, how they are summed, the order
+of tokens, what is recomputed) is dealt round over the list, so that neighbours differ; each setting
+meets each way many times over.
 
 The tests hold single axes and pairs in the default run, and three and four axes on request.
 """
@@ -19,9 +20,11 @@ from typing import Any
 
 from meshwright.train.parity import Case
 
-__all__ = ["WAYS", "Composition", "compositions"]
+__all__ = ["EXPERT_WAYS", "WAYS", "Composition", "Ways", "compositions"]
 
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
+Ways = dict[str, dict[str, dict[str, Any]]]
+
+WAYS: Ways = {
     "data": {"data": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}},
     "fsdp": {"fsdp": {}},
     "context": {
@@ -32,6 +35,12 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "tensor": {"tensor": {}, "sequence": {"sequence": True}},
 }
 """Axis → name of a way to use it → the fields of a `Case` that say so."""
+
+EXPERT_WAYS: Ways = {
+    **{axis: ways for axis, ways in WAYS.items() if axis != "context"},
+    "expert": {"expert": {}},
+}
+"""The same for models with experts."""
 
 _DEVICES = 8
 _ORDERS = ("zigzag", "striped", "contiguous")
@@ -59,20 +68,26 @@ class Composition:
         return " ".join(self.ways)
 
 
-def compositions(count: int) -> Iterator[Composition]:
+def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
     """All compositions of so many axes, on 8 devices.
+
+    Args:
+        count: of axes.
+        among: `WAYS` or `EXPERT_WAYS`.
 
     >>> [str(found) for found in compositions(4)][:2]
     ['data fsdp context-ring tensor', 'data fsdp context-ring sequence']
     >>> [len(list(compositions(count))) for count in (1, 2, 3, 4)]
     [9, 29, 39, 18]
+    >>> [str(found) for found in compositions(2, EXPERT_WAYS)][-2:]
+    ['tensor expert', 'sequence expert']
     """
     number = 0
-    for axes in itertools.combinations(WAYS, count):
-        for ways in itertools.product(*(WAYS[axis] for axis in axes)):
+    for axes in itertools.combinations(among, count):
+        for ways in itertools.product(*(among[axis] for axis in axes)):
             fields: dict[str, Any] = {}
             for axis, way in zip(axes, ways, strict=True):
-                fields |= WAYS[axis][way]
+                fields |= among[axis][way]
             fields |= _SUMS[number % len(_SUMS)]
             fields["remat"] = _REMAT[number % len(_REMAT)]
             if "context" in axes:

@@ -17,7 +17,8 @@ ragged      none                at most that; ρ(e)·v·B·T·D      as gather
 
 ρ(e) = (e-1)/e; with capacity factor φ, E·C is φ·k·T, which makes the first row the bound of
 `meshwright.sharding.bounds.expert_layer_bytes`. v is how many devices a token visits: with an even
-router e·(1 - C(E-E/e, k) / C(E, k)), at most k. See `dropless_way` for the choice.
+router e·(1 - C(E-E/e, k) / C(E, k)), at most k. See
+`meshwright.sharding.expert_layout.dropless_way` for the choice.
 
 **Capacity** (Lepikhin et al., "GShard", 2021; Fedus et al., "Switch transformers", 2022; beside
 other axes: Rajbhandari et al., "DeepSpeed-MoE", 2022): one all-to-all of the buffers each way. The
@@ -61,69 +62,23 @@ device = E/e, k choices of a token, C capacity, M width of an expert on this dev
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from meshwright.sharding.errors import PlacementError
+from meshwright.sharding.expert_layout import DroplessWay
 from meshwright.train.expert_carriers import Buffers, Carrier, Gather, Ragged
 from meshwright.train.expert_work import Params, Work, batched, mlp, mlp_backward
 
-__all__ = ["EXPERTS", "DroplessWay", "ExpertExchange", "check_experts", "dropless_way"]
+__all__ = ["EXPERTS", "ExpertExchange"]
 
 EXPERTS = "experts"
 """Checkpoint name of what an exchange leaves for the backward pass."""
-
-DroplessWay = Literal["gather", "ragged"]
-"""How tokens travel where none may be dropped."""
-
-
-def check_experts(count: int, parts: int) -> None:
-    """Check that experts can be dealt to devices.
-
-    Args:
-        count: experts of a layer.
-        parts: devices of the expert axis.
-
-    Raises:
-        PlacementError: with the sizes of the axis, and the numbers of experts, that work.
-
-    >>> check_experts(8, 4)
-    """
-    if count % parts == 0:
-        return
-    fit = [str(size) for size in range(1, count + 1) if count % size == 0]
-    near = sorted({max(count // parts, 1) * parts, -(-count // parts) * parts})
-    raise PlacementError(
-        f"cannot deal {count} experts to {parts} devices",
-        where=f"expert={parts}, {count} experts in a layer",
-        why=f"{count} is not divisible by {parts}",
-        fix=f"use expert of {', '.join(fit)}, or {' or '.join(map(str, near))} experts",
-    )
-
-
-def dropless_way(count: int, choices: int, parts: int) -> DroplessWay:
-    """Which of the exact forms to take, by what they send when the router is even.
-
-    Ragged never sends more tokens than an all-gather, but in as many messages as there are devices,
-    with no sums on the way home. It must save a quarter.
-
-    Args:
-        count: E.
-        choices: k.
-        parts: e.
-
-    >>> dropless_way(8, 2, 8), dropless_way(8, 2, 2), dropless_way(64, 8, 8)
-    ('ragged', 'gather', 'ragged')
-    """
-    stays_away = math.comb(count - count // parts, choices) / math.comb(count, choices)
-    return "ragged" if stays_away > 0.25 else "gather"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from meshwright.sharding.placement import Constrain
 from meshwright.sharding.schedule import Schedule
 from meshwright.train.attention import attention_of
 from meshwright.train.config import ContextConfig, GuardConfig, LossConfig, PipelineConfig
+from meshwright.train.expert_parallel import ExpertParallel
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
 from meshwright.train.pipeline import Pipeline
@@ -292,6 +293,7 @@ def _hooks(
         constrain=constrain,
         reshard=constrain.reshard,
         attention=attention_of(spec.mesh, constrain.rules, replicas, spec.context.kind),
+        experts=ExpertParallel(replicas, weights) if replicas.expert else None,
         score=score,
         collect=lambda sums, experts: (sums[0] + expert_loss(experts, rows["weights"]), sums[1]),
         run_layers=weights.run_layers,
