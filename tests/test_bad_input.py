@@ -155,6 +155,11 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
         ("--mesh fsdp=8 --context.kind ulysses", "context.kind=ulysses\n.*\n.*there is none"),
         ("--mesh fsdp=8 --sequence", "sequence=True\n.*\n.*tensor axis, and there is none"),
         ("--mesh fsdp=4,context=2 --model tiny-moe", "row by row"),
+        ("--mesh fsdp=4,expert=2", "experts of `tiny` to devices\n.*\n.*no experts\n.*tiny-moe"),
+        (
+            "--mesh expert=8 --model tiny-moe --model.experts.count 12",
+            "deal 12 experts to 8 devices\n.*\n.*not divisible by 8\n.*6, 12, or 8 or 16",
+        ),
         # An axis used twice.
         (
             "--mesh fsdp=8 --rules params.mlp=fsdp",

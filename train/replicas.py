@@ -233,7 +233,7 @@ def _lifted(
 
     @jax.custom_batching.custom_vmap
     def alone(*args: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), like(*args))
+        return jax.tree.map(_nothing, like(*args))
 
     @alone.def_vmap
     def _(size: int, batched: Sequence[bool], *args: jax.Array) -> tuple[Any, Any]:
@@ -245,6 +245,12 @@ def _lifted(
         return call(*whole), mapped_out
 
     return alone
+
+
+def _nothing(x: Any) -> jax.Array:
+    """NaN of a shape, or 0 where the dtype has none."""
+    fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    return jnp.full(x.shape, fill, x.dtype)
 
 
 def real_axes_of(axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
