@@ -68,6 +68,7 @@ __all__ = [
     "grouped_matmul",
     "hits_of",
     "load_imbalance",
+    "load_of",
     "route",
     "spread_rows",
 ]
@@ -144,6 +145,11 @@ def expert_loss(sums: ExpertSums, weights: Array) -> Array:
         weights: of the tokens in the loss, float32 [B, T].
     """
     return jnp.sum(sums.loss * jnp.sum(weights, axis=1))
+
+
+def load_of(sums: ExpertSums) -> dict[str, Array]:
+    """What of the sums is no loss: ``load`` and ``dropped``."""
+    return {"load": sums.load, "dropped": sums.dropped}
 
 
 def load_imbalance(load: Array) -> Array:
@@ -233,13 +239,25 @@ def route(settings: ExpertConfig, logits: Array, bias: Array | None = None) -> R
     ranked = jax.lax.stop_gradient(log_scores)
     if bias is not None:
         ranked = jnp.exp(ranked) + jax.lax.stop_gradient(bias).astype(jnp.float32)[None, None]
-    ids = jax.lax.top_k(ranked, settings.top_k)[1]
+    ids = _best(ranked, settings.top_k)
     chosen = _pick(log_scores, ids)
     return Routing(
         ids=ids,
         weights=jax.nn.softmax(chosen, axis=-1) if settings.normalise else jnp.exp(chosen),
         shares=jax.nn.softmax(log_scores, axis=-1),
     )
+
+
+def _best(scores: Array, choices: int) -> Array:
+    """Places of the highest scores, the highest first and the first of equals: int32 [..., k].
+
+    As `jax.lax.top_k`, whose operand compilers gather whole where its rows are split over devices.
+    """
+    found = []
+    for _ in range(choices):
+        found.append(jnp.argmax(scores, axis=-1))
+        scores = jnp.where(hits_of(found[-1], scores.shape[-1]), -jnp.inf, scores)
+    return jnp.stack(found, axis=-1)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

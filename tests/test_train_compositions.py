@@ -86,8 +86,11 @@ def on_one_device(mixture: Callable[[], TrainConfig]) -> Result:
 
 
 def check_experts(composition: Composition, mixture: Callable[[], TrainConfig] = experts) -> None:
-    found = compare(on_one_device(mixture), run_case(mixture(), composition.case, batches()))
+    alone, run = on_one_device(mixture), run_case(mixture(), composition.case, batches())
+    found = compare(alone, run)
     assert found.initial_equal and found.gradient < LIMIT and found.loss < LIMIT
+    for name in ("dropped", "imbalance"):
+        assert run.scalars[name] == pytest.approx(alone.scalars[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("composition", compositions(1, EXPERT_WAYS), ids=str)
@@ -129,6 +132,12 @@ def test_experts_dealt_to_devices_and_more(
 )
 def test_experts_on_more_axes(composition: Composition) -> None:
     check_experts(composition)
+
+
+def test_the_mixtures_drop_and_do_not() -> None:
+    assert on_one_device(experts).scalars["dropped"] > 0
+    assert on_one_device(dropless).scalars["dropped"] == 0
+    assert on_one_device(dropless).scalars["imbalance"] > 1
 
 
 def test_the_yardstick_is_clipped_and_the_losses_move() -> None:

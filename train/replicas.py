@@ -127,6 +127,11 @@ class Replicas:
             one = jax.vmap(one, spmd_axis_name=self.apart)
         return one
 
+    def total(self, tree: Any) -> Any:
+        """Results of `mapped`, with a dim for every level, summed over the replicas."""
+        lead = tuple(range(len(self.levels)))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=lead), tree)
+
     def on_devices(
         self,
         local: Callable[..., Any],

@@ -1,0 +1,81 @@
+"""Experts dealt to devices in whole steps: what moves.
+
+Numbers are held by `test_train_compositions`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_train_parity import config
+
+from meshwright.models.config import ExpertConfig
+from meshwright.sharding.collectives import collectives_of
+from meshwright.sharding.hlo import parse_module
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.train.config import TrainConfig
+from meshwright.train.estimate_traffic import lower_bounds
+from meshwright.train.parallelism import choose_rules
+from meshwright.train.parity import program_of
+from meshwright.train.plan_leaves import leaf_namer
+
+LAYERS, EMBED, WIDTH, EXPERTS, CHOICES, VOCAB = 2, 32, 64, 8, 2, 64
+F32 = 4
+MATRICES = LAYERS * EXPERTS * 3 * EMBED * WIDTH * F32
+SCALAR = 512  # losses, norms, counts and loads
+
+
+def run_of(mesh: str, *, capacity: float | None = 1.0, **changes: Any) -> TrainConfig:
+    base = config()
+    mixture = ExpertConfig(EXPERTS, CHOICES, mlp=WIDTH, capacity_factor=capacity)
+    remat = changes.pop("remat", "none")
+    model = replace(base.model, layers=LAYERS, experts=mixture, remat=remat)
+    return replace(base, mesh=mesh, model=model, **changes)
+
+
+@functools.cache
+def moves(run: TrainConfig) -> tuple[Any, ...]:
+    program = program_of(run)
+    layout = program.spec.layout
+    module = parse_module(program.lower_step().compile().as_text())
+    found = collectives_of(module, layout.mesh, leaf_of=leaf_namer(run, layout))
+    assert not found.unread
+    return found.collectives
+
+
+def of_experts(run: TrainConfig) -> Mapping[tuple[str, tuple[str, ...]], int]:
+    """Full buffers of the experts' matrices, by kind and axes."""
+    total: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for found in moves(run):
+        if "experts/w_" in found.leaf and found.bytes > SCALAR:
+            total[found.kind, found.axes] += found.bytes
+    return total
+
+
+def test_experts_stay_where_they_are() -> None:
+    """Neither they nor their gradients cross the axis; over others a device's own ones do."""
+    assert of_experts(run_of("fsdp=4,expert=2")) == {
+        ("all-gather", ("fsdp",)): 2 * MATRICES // 2,
+        ("reduce-scatter", ("fsdp",)): MATRICES // 2,
+    }
+
+
+def test_sums_of_experts_wait_for_the_end_of_the_step_over_data_alone() -> None:
+    run = run_of("data=2,expert=4", grad_accum=2)
+    assert of_experts(run) == {("all-reduce", ("data",)): MATRICES // 4}
+    assert {f.loop_depth for f in moves(run) if f.axes == ("data",) and f.bytes > SCALAR} == {0}
+
+
+@pytest.mark.parametrize(("capacity", "remat"), [(1.0, "full"), (None, "none")])
+def test_the_closed_form_says_what_crosses_the_axis(capacity: float | None, remat: str) -> None:
+    """Tokens to experts and home; and gradients of what is no expert, as over a data axis."""
+    run = run_of("expert=4", capacity=capacity, remat=remat)
+    mesh = MeshSpec.parse("expert=4")
+    sent = sum(found.wire_bytes for found in moves(run))
+    bound = lower_bounds(run, mesh, choose_rules(run, mesh), F32)["expert"]
+    assert sent == pytest.approx(bound, rel=0.02)
