@@ -58,16 +58,14 @@ def of_experts(run: TrainConfig) -> Mapping[tuple[str, tuple[str, ...]], int]:
 
 
 def test_experts_stay_where_they_are() -> None:
-    """Neither they nor their gradients cross the axis; over others a device's own ones do."""
-    assert of_experts(run_of("fsdp=4,expert=2")) == {
-        ("all-gather", ("fsdp",)): 2 * MATRICES // 2,
-        ("reduce-scatter", ("fsdp",)): MATRICES // 2,
+    """Neither they nor their gradients cross the axis; over others a device's own ones do, and
+    sums over data wait for the end of the step."""
+    run = run_of("data=2,fsdp=2,expert=2", grad_accum=2, accumulate="sharded")
+    assert of_experts(run) == {
+        ("all-gather", ("fsdp",)): 2 * 2 * MATRICES // 2,
+        ("reduce-scatter", ("fsdp",)): 2 * MATRICES // 2,
+        ("all-reduce", ("data",)): MATRICES // 4,
     }
-
-
-def test_sums_of_experts_wait_for_the_end_of_the_step_over_data_alone() -> None:
-    run = run_of("data=2,expert=4", grad_accum=2)
-    assert of_experts(run) == {("all-reduce", ("data",)): MATRICES // 4}
     assert {f.loop_depth for f in moves(run) if f.axes == ("data",) and f.bytes > SCALAR} == {0}
 
 
