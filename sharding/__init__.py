@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.strategies import Strategy as Strategy
     from meshwright.sharding.strategies import context as context
     from meshwright.sharding.strategies import data as data
+    from meshwright.sharding.strategies import expert as expert
     from meshwright.sharding.strategies import fold as fold
     from meshwright.sharding.strategies import fsdp as fsdp
     from meshwright.sharding.strategies import sequence as sequence

@@ -47,6 +47,7 @@ from meshwright.train.weights import Reductions, Weights
 
 __all__ = [
     "StepSpec",
+    "Sums",
     "apply_gradients",
     "eval_step",
     "gradients",
