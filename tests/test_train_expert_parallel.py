@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from test_train_parity import config
 
-from meshwright.models.config import ExpertConfig
+from meshwright.models.config import ExpertConfig, named
+from meshwright.sharding.bounds import expert_layer_bytes
 from meshwright.sharding.collectives import collectives_of
 from meshwright.sharding.hlo import parse_module
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.train.config import TrainConfig
-from meshwright.train.estimate_traffic import lower_bounds
+from meshwright.train.estimate_placement import place
+from meshwright.train.estimate_traffic import expected_collectives, lower_bounds
 from meshwright.train.parallelism import choose_rules
 from meshwright.train.parity import program_of
 from meshwright.train.plan_leaves import leaf_namer
@@ -67,6 +69,28 @@ def test_experts_stay_where_they_are() -> None:
         ("all-reduce", ("data",)): MATRICES // 4,
     }
     assert {f.loop_depth for f in moves(run) if f.axes == ("data",) and f.bytes > SCALAR} == {0}
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_tokens_are_sent_as_often_as_the_bound_says(remat: Any) -> None:
+    """Four times, and once more where they are recomputed; gates are a part in a thousand."""
+    model = named("mixtral-8x7b")
+    mixture = replace(model.experts, capacity_factor=1.25)
+    model = replace(model, remat=remat, experts=mixture)
+    run = replace(config(), model=model, batch_size=16, seq_len=4096)
+    mesh = MeshSpec.parse("expert=8,fsdp=2")
+    placement = place(run, mesh, choose_rules(run, mesh))
+    found = expected_collectives(placement, 2)
+    sent = sum(c.wire_bytes for c in found if c.kind == "all-to-all" and c.axes == ("expert",))
+    bound = model.layers * expert_layer_bytes(
+        placement.tokens,
+        8,
+        experts_per_token=2,
+        width=model.embed,
+        itemsize=2,
+        capacity_factor=1.25,
+    )
+    assert sent == pytest.approx(bound * (1 if remat == "none" else 5 / 4), rel=1e-3)
 
 
 @pytest.mark.parametrize(("capacity", "remat"), [(1.0, "full"), (None, "none")])
