@@ -60,11 +60,17 @@ __all__ = [
     "ExpertSums",
     "Experts",
     "Routing",
+    "activate",
     "apply_experts",
+    "collect_rows",
     "expert_loss",
+    "expert_slots",
     "grouped_matmul",
+    "hits_of",
     "load_imbalance",
+    "load_of",
     "route",
+    "spread_rows",
 ]
 
 
@@ -141,6 +147,11 @@ def expert_loss(sums: ExpertSums, weights: Array) -> Array:
     return jnp.sum(sums.loss * jnp.sum(weights, axis=1))
 
 
+def load_of(sums: ExpertSums) -> dict[str, Array]:
+    """What of the sums is no loss: ``load`` and ``dropped``."""
+    return {"load": sums.load, "dropped": sums.dropped}
+
+
 def load_imbalance(load: Array) -> Array:
     """The load of the busiest expert over the mean, in the worst layer; 1 is even.
 
@@ -166,8 +177,10 @@ class Experts(nnx.Module):
         sizes = {"experts": settings.count}
         embed, mlp = {"embed": config.embed}, {"mlp": config.expert_mlp}
         std = config.init_std
-        self.router = init.normal("router", std, **embed, **sizes)
-        self.bias = init.constant(0.0, **sizes) if settings.balance == "bias" else None
+        # A name of their own: every device routes, also where the experts are dealt to several.
+        routes = {"routes": settings.count}
+        self.router = init.normal("router", std, **embed, **routes)
+        self.bias = init.constant(0.0, **routes) if settings.balance == "bias" else None
         gated = config.activation == "swiglu"
         self.w_gate = init.normal("w_gate", std, **sizes, **embed, **mlp) if gated else None
         self.w_up = init.normal("w_up", std, **sizes, **embed, **mlp)
@@ -226,13 +239,25 @@ def route(settings: ExpertConfig, logits: Array, bias: Array | None = None) -> R
     ranked = jax.lax.stop_gradient(log_scores)
     if bias is not None:
         ranked = jnp.exp(ranked) + jax.lax.stop_gradient(bias).astype(jnp.float32)[None, None]
-    ids = jax.lax.top_k(ranked, settings.top_k)[1]
+    ids = _best(ranked, settings.top_k)
     chosen = _pick(log_scores, ids)
     return Routing(
         ids=ids,
         weights=jax.nn.softmax(chosen, axis=-1) if settings.normalise else jnp.exp(chosen),
         shares=jax.nn.softmax(log_scores, axis=-1),
     )
+
+
+def _best(scores: Array, choices: int) -> Array:
+    """Places of the highest scores, the highest first and the first of equals: int32 [..., k].
+
+    As `jax.lax.top_k`, whose operand compilers gather whole where its rows are split over devices.
+    """
+    found = []
+    for _ in range(choices):
+        found.append(jnp.argmax(scores, axis=-1))
+        scores = jnp.where(hits_of(found[-1], scores.shape[-1]), -jnp.inf, scores)
+    return jnp.stack(found, axis=-1)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -242,10 +267,10 @@ def _pick(scores: Array, ids: Array) -> Array:
     By comparison with every expert, as a gather's transpose is a slow scatter; recomputed, as the
     backward pass would otherwise keep the comparisons, [B, T, k, E].
     """
-    return jnp.sum(jnp.where(_hits(ids, scores.shape[-1]), scores[:, :, None], 0.0), axis=-1)
+    return jnp.sum(jnp.where(hits_of(ids, scores.shape[-1]), scores[:, :, None], 0.0), axis=-1)
 
 
-def _hits(ids: Array, count: int) -> Array:
+def hits_of(ids: Array, count: int) -> Array:
     """Whether each choice is each expert: bool [..., E]."""
     return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, (*ids.shape, count), ids.ndim)
 
@@ -266,7 +291,7 @@ def _report(
     - z: the mean of ``logsumexp(logits)²`` (Zoph et al. 2022, ST-MoE, eq. 5).
     """
     count, length = settings.count, logits.shape[1]
-    counts = jnp.sum(_hits(routing.ids, count), axis=(1, 2), dtype=jnp.int32)
+    counts = jnp.sum(hits_of(routing.ids, count), axis=(1, 2), dtype=jnp.int32)
     load = counts.astype(jnp.float32) * (count / (length * settings.top_k))
     balance = jnp.sum(load * jnp.mean(routing.shares, axis=1), axis=-1)
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), axis=-1)
@@ -301,8 +326,8 @@ def apply_experts(
         return _dropless(x, ids, weights, params)
     rows, _, embed = x.shape
     count = params["w_up"].shape[0]
-    take, back = jax.vmap(functools.partial(_slots, count=count, capacity=capacity))(ids)
-    spread, choices = jax.vmap(_spread), ids.shape[-1]
+    take, back = jax.vmap(functools.partial(expert_slots, count=count, capacity=capacity))(ids)
+    spread, choices = jax.vmap(spread_rows), ids.shape[-1]
     gates = spread(weights.reshape(rows, -1, 1), take, back.reshape(rows, -1, 1))
     sent = spread(x, take // choices, back)
 
@@ -311,7 +336,7 @@ def apply_experts(
 
     slots = (rows, count, capacity)
     out = _mlp(matmul, sent.reshape(*slots, embed), gates.reshape(*slots, 1), params)
-    return jax.vmap(_collect)(out.reshape(rows, -1, embed), take // choices, back)
+    return jax.vmap(collect_rows)(out.reshape(rows, -1, embed), take // choices, back)
 
 
 def _dropless(x: Array, ids: Array, weights: Array, params: Mapping[str, Array]) -> Array:
@@ -319,12 +344,12 @@ def _dropless(x: Array, ids: Array, weights: Array, params: Mapping[str, Array])
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order).reshape(-1, choices)
-    sizes = jnp.sum(_hits(flat, count), axis=0, dtype=jnp.int32)
-    gates = _spread(weights.reshape(-1, 1), order, back.reshape(-1, 1))
-    sent = _spread(x.reshape(-1, x.shape[-1]), order // choices, back)
+    sizes = jnp.sum(hits_of(flat, count), axis=0, dtype=jnp.int32)
+    gates = spread_rows(weights.reshape(-1, 1), order, back.reshape(-1, 1))
+    sent = spread_rows(x.reshape(-1, x.shape[-1]), order // choices, back)
     matmul = functools.partial(grouped_matmul, sizes=sizes)
     out = _mlp(matmul, sent, gates, params)
-    return _collect(out, order // choices, back).reshape(x.shape)
+    return collect_rows(out, order // choices, back).reshape(x.shape)
 
 
 def _mlp(
@@ -336,14 +361,16 @@ def _mlp(
     layer, which is kept anyway, and not the outputs.
     """
     up = matmul(x, params["w_up"])
-    if "w_gate" in params:
-        hidden = jax.nn.silu(matmul(x, params["w_gate"])) * up
-    else:
-        hidden = jax.nn.gelu(up, approximate=True)
+    hidden = activate(up, matmul(x, params["w_gate"]) if "w_gate" in params else None)
     return matmul(hidden * gates.astype(hidden.dtype), params["w_down"])
 
 
-def _slots(ids: Array, *, count: int, capacity: int) -> tuple[Array, Array]:
+def activate(up: Array, gate: Array | None) -> Array:
+    """The hidden layer of an expert [..., M], from x @ w_up and, if gated, x @ w_gate."""
+    return jax.nn.gelu(up, approximate=True) if gate is None else jax.nn.silu(gate) * up
+
+
+def expert_slots(ids: Array, *, count: int, capacity: int) -> tuple[Array, Array]:
     """The buffers of one row: what each slot holds, and where each choice went.
 
     Args:
@@ -357,7 +384,7 @@ def _slots(ids: Array, *, count: int, capacity: int) -> tuple[Array, Array]:
     """
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    hits = _hits(flat, count)
+    hits = hits_of(flat, count)
     counts = jnp.sum(hits, axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(counts) - counts
     place = jnp.arange(capacity, dtype=jnp.int32)[None]
@@ -369,7 +396,7 @@ def _slots(ids: Array, *, count: int, capacity: int) -> tuple[Array, Array]:
 
 
 @jax.custom_vjp
-def _spread(x: Array, take: Array, back: Array) -> Array:
+def spread_rows(x: Array, take: Array, back: Array) -> Array:
     """Rows of ``x`` [N, D] at ``take`` [S]: [S, D], zeros where that is N.
 
     ``back`` [N, k] holds the inverse: where in the result row n is, S for nowhere.
@@ -379,20 +406,20 @@ def _spread(x: Array, take: Array, back: Array) -> Array:
 
 
 @jax.custom_vjp
-def _collect(y: Array, take: Array, back: Array) -> Array:
-    """The transpose of `_spread`: row n of the result is the sum of ``y`` [S, D] at back[n]."""
+def collect_rows(y: Array, take: Array, back: Array) -> Array:
+    """The transpose of `spread_rows`: row n of the result is the sum of ``y`` [S, D] at back[n]."""
     del take
     found = jnp.take(y, back, axis=0, mode="fill", fill_value=0)
     return jnp.sum(found.astype(jnp.float32), axis=1).astype(y.dtype)
 
 
-_spread.defvjp(
-    lambda x, take, back: (_spread(x, take, back), (take, back)),
-    lambda kept, grad: (_collect(grad, *kept), None, None),
+spread_rows.defvjp(
+    lambda x, take, back: (spread_rows(x, take, back), (take, back)),
+    lambda kept, grad: (collect_rows(grad, *kept), None, None),
 )
-_collect.defvjp(
-    lambda y, take, back: (_collect(y, take, back), (take, back)),
-    lambda kept, grad: (_spread(grad, *kept), None, None),
+collect_rows.defvjp(
+    lambda y, take, back: (collect_rows(y, take, back), (take, back)),
+    lambda kept, grad: (spread_rows(grad, *kept), None, None),
 )
 
 

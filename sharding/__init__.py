@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.strategies import Strategy as Strategy
     from meshwright.sharding.strategies import context as context
     from meshwright.sharding.strategies import data as data
+    from meshwright.sharding.strategies import expert as expert
     from meshwright.sharding.strategies import fold as fold
     from meshwright.sharding.strategies import fsdp as fsdp
     from meshwright.sharding.strategies import pipeline as pipeline
@@ -102,6 +103,7 @@ __all__ = [
     "describe",
     "describe_optimizer",
     "dims_of",
+    "expert",
     "fold",
     "fsdp",
     "init_sharded",
@@ -157,6 +159,7 @@ _MODULE_OF = {
     "describe": "dims",
     "describe_optimizer": "dims",
     "dims_of": "dims",
+    "expert": "strategies",
     "fold": "strategies",
     "fsdp": "strategies",
     "init_sharded": "placement",

@@ -54,6 +54,7 @@ STANDARD_DIMS = {
         "head_dim",
         "mlp",
         "experts",
+        "routes",
     ),
     "activations": (
         "batch",
@@ -69,6 +70,7 @@ STANDARD_DIMS = {
 }
 """The dim names the strategies know; gradients and optimizer have those of the parameters.
 
+``experts`` is the dim of a stack of their matrices, ``routes`` that of a router's scores.
 Of an activation's tokens, ``length`` is the dim where heads, MLP or vocabulary may be split, and
 ``sequence`` the same dim between those regions: in the residual stream and its norms."""
 
@@ -273,6 +275,10 @@ class Rules:
         """
         found = (self.axes_for("activations", dim) for dim in ("batch", "length"))
         return tuple(dict.fromkeys(axis for axes in found for axis in axes))
+
+    def expert_axes(self) -> tuple[str, ...]:
+        """Mesh axes that experts are dealt to: token axes that their matrices stay split over."""
+        return tuple(axis for name, axis in self.strategies if name == "expert")
 
     def stream_axes(self) -> tuple[str, ...]:
         """Mesh axes that split the tokens of the stream between the regions of tensor parallelism,

@@ -7,6 +7,7 @@ strategy       axis       what it writes
 `fsdp`         fsdp       params, gradients, optimizer: embed; activations: batch  (ZeRO-3)
 `tensor`       tensor     params, gradients, optimizer, activations: vocab heads kv_heads mlp
 `sequence`     tensor     activations: sequence
+`expert`       expert     params, gradients, optimizer: experts; activations: batch
 `context`      context    activations: length, sequence
 `pipeline`     stage      params, gradients, optimizer: layers; optimizer: vocab
 `zero1`        data       optimizer: embed
@@ -38,6 +39,7 @@ __all__ = [
     "Strategy",
     "context",
     "data",
+    "expert",
     "fold",
     "fsdp",
     "pipeline",
@@ -163,6 +165,27 @@ def sequence(axis: str = "tensor") -> Strategy:
             )
         rules = _enter(rules, "sequence", axis)
         return rules.split("activations", "sequence", axis, "sequence()")
+
+    return apply
+
+
+def expert(axis: str = "expert") -> Strategy:
+    """Expert parallelism: rows and the experts of each layer split over ``axis``, the rest whole.
+
+    To all that is not an expert it is one more `data` axis: 2ρβ_gΨ of those parameters, of every
+    microbatch's gradients. Experts stay where they are, and so do their gradients. Tokens go to
+    them and come home, forward and backward: 4ρφkA a layer and microbatch for k experts a token
+    and capacity factor φ, six with full recomputation (Lepikhin et al., GShard, 2020;
+    `meshwright.train.expert_exchange`).
+    """
+
+    def apply(rules: Rules) -> Rules:
+        rules = _enter(rules, "expert", axis)
+        for table in ("params", "gradients", "optimizer"):
+            rules = rules.split(table, "experts", axis, "expert()")
+        rules = rules.split("activations", "batch", axis, "expert()")
+        rules = _undeclared(rules, (), "expert()", ("params", "gradients", "optimizer"))
+        return replace(rules, splits_parameters=True)
 
     return apply
 

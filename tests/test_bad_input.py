@@ -179,6 +179,11 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
             "--mesh stage=2,data=4 --grad-accum 2 --rules params.layers=none",
             "`params.layers → none`\n.*\n.*layers of its own",
         ),
+        ("--mesh fsdp=4,expert=2", "experts of `tiny` to devices\n.*\n.*no experts\n.*tiny-moe"),
+        (
+            "--mesh expert=8 --model tiny-moe --model.experts.count 12",
+            "deal 12 experts to 8 devices\n.*\n.*not divisible by 8\n.*6, 12, or 8 or 16",
+        ),
         # An axis used twice.
         (
             "--mesh fsdp=8 --rules params.mlp=fsdp",

@@ -83,8 +83,8 @@ def test_the_whole_tree() -> None:
         "w_down": ("layers", "mlp", "embed"),
     }
     experts = {
-        "router": ("layers", "embed", "experts"),
-        "bias": ("layers", "experts"),
+        "router": ("layers", "embed", "routes"),
+        "bias": ("layers", "routes"),
         "w_gate": ("layers", "experts", "embed", "mlp"),
         "w_up": ("layers", "experts", "embed", "mlp"),
         "w_down": ("layers", "experts", "mlp", "embed"),

@@ -8,7 +8,7 @@ from meshwright.sharding.dims import Leaf
 from meshwright.sharding.errors import PlacementError, RulesError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
-from meshwright.sharding.strategies import data, fold, fsdp, tensor, zero1, zero2
+from meshwright.sharding.strategies import data, expert, fold, fsdp, tensor, zero1, zero2
 
 F32 = jnp.dtype("float32")
 MESH = MeshSpec.parse("data=2,fsdp=2,tensor=2")
@@ -67,6 +67,20 @@ def test_zero_stages_are_settings_of_the_tables(strategy, split: set[str]) -> No
     for table in ("params", "gradients", "optimizer"):
         expected = (None, "data") if table in split else ()
         assert specs(rules, table)["wq"] == expected
+
+
+def test_experts_split_rows_and_stacks_of_experts_alone() -> None:
+    rules = fold(fsdp(), expert(), tensor())
+    assert rules.token_axes() == ("fsdp", "expert") and rules.expert_axes() == ("expert",)
+    leaves = (
+        Leaf("w_up", (4, 8, 128, 384), F32, ("layers", "experts", "embed", "mlp")),
+        Leaf("router", (4, 128, 8), F32, ("layers", "embed", "routes")),
+    )
+    mesh = MeshSpec.parse("fsdp=2,expert=4,tensor=2")
+    for table in ("params", "gradients", "optimizer"):
+        found = resolve(leaves, rules, mesh, table)
+        assert tuple(found["w_up"].spec) == (None, "expert", "fsdp", "tensor")
+        assert tuple(found["router"].spec) == (None, "fsdp")
 
 
 def test_zero_joins_data_in_either_order() -> None:

@@ -13,7 +13,7 @@ import pytest
 from test_train_parity import LIMIT, config
 
 from meshwright.models.config import ExpertConfig
-from meshwright.train.compositions import WAYS, Composition, compositions
+from meshwright.train.compositions import EXPERT_WAYS, WAYS, Composition, compositions
 from meshwright.train.config import TrainConfig
 from meshwright.train.parity import Case, Result, compare, run_case
 
@@ -27,10 +27,10 @@ def base() -> TrainConfig:
     return replace(run, model=model, optimizer=replace(run.optimizer, clip_norm=0.1))
 
 
-@functools.cache
-def deep(mixture: bool = False) -> TrainConfig:
-    """Layers enough for two stages of two chunks, and one more: a place stays empty."""
-    run = experts() if mixture else base()
+def deepened(run: TrainConfig, composition: Composition) -> TrainConfig:
+    """With layers enough for two stages of two chunks, and one more: a place stays empty."""
+    if "stage" not in composition.case.mesh:
+        return run
     first = run.model.experts.first_dense
     return replace(run, model=replace(run.model, layers=5 + first))
 
@@ -53,11 +53,16 @@ def on_one_device(run: TrainConfig) -> Result:
     return run_case(run, Case("data=1"), batches())
 
 
-def check(run: TrainConfig, composition: Composition) -> None:
-    found = compare(on_one_device(run), run_case(run, composition.case, batches()))
-    assert found.initial_equal
-    assert found.gradient < LIMIT
-    assert found.loss < LIMIT
+def check(composition: Composition, of: TrainConfig | None = None) -> None:
+    run = deepened(of or base(), composition)
+    alone, found = on_one_device(run), run_case(run, composition.case, batches())
+    difference = compare(alone, found)
+    assert difference.initial_equal
+    assert difference.gradient < LIMIT
+    assert difference.loss < LIMIT
+    if run.model.experts.count:
+        for name in ("dropped", "imbalance"):
+            assert found.scalars[name] == pytest.approx(alone.scalars[name], rel=1e-6)
 
 
 def staged(composition: Composition) -> bool:
@@ -78,7 +83,7 @@ PAIRS = list(compositions(2))
 
 @pytest.mark.parametrize("composition", [*compositions(1), *chosen(PAIRS)], ids=str)
 def test_one_axis_and_pairs(composition: Composition) -> None:
-    check(deep() if staged(composition) else base(), composition)
+    check(composition)
 
 
 @pytest.mark.every_composition
@@ -86,38 +91,74 @@ def test_one_axis_and_pairs(composition: Composition) -> None:
     "composition", [pair for pair in PAIRS if pair not in chosen(PAIRS)], ids=str
 )
 def test_every_schedule_in_pairs(composition: Composition) -> None:
-    check(deep(), composition)
+    check(composition)
 
 
 @pytest.mark.every_composition
 @pytest.mark.parametrize("composition", [*compositions(3), *compositions(4)], ids=str)
 def test_three_and_four_axes(composition: Composition) -> None:
-    check(deep() if staged(composition) else base(), composition)
+    check(composition)
 
 
 @functools.cache
 def experts() -> TrainConfig:
     """A mixture that drops tokens, with a shared expert and a dense first layer."""
     run = base()
-    mixture = ExpertConfig(count=4, top_k=2, mlp=32, shared=1, capacity_factor=1.0, first_dense=1)
+    mixture = ExpertConfig(count=8, top_k=2, mlp=32, shared=1, capacity_factor=1.0, first_dense=1)
     return replace(run, model=replace(run.model, layers=3, experts=mixture))
 
 
-def for_experts(count: int) -> list[Composition]:
-    """Without context, which is refused, and of schedules with 1f1b."""
-    found = [found for found in compositions(count) if "context" not in found.case.mesh]
-    return [one for one in found if not staged(one) or one.case.schedule == "1f1b"]
+@functools.cache
+def dropless() -> TrainConfig:
+    """As `experts`; nothing is dropped, and a bias evens the load."""
+    run = experts()
+    mixture = replace(run.model.experts, capacity_factor=None, balance="bias")
+    return replace(run, model=replace(run.model, experts=mixture))
 
 
-@pytest.mark.parametrize("composition", [c for c in for_experts(1) if not staged(c)], ids=str)
-def test_experts_on_one_axis(composition: Composition) -> None:
-    check(experts(), composition)
+def mixtures(count: int) -> list[Composition]:
+    """Of schedules with 1f1b only, where there are fewer than three axes."""
+    found = compositions(count, EXPERT_WAYS)
+    return [one for one in found if count > 2 or not {"gpipe", "interleaved"} & set(one.ways)]
+
+
+def dealt(count: int) -> list[Composition]:
+    """Those whose experts are dealt to devices."""
+    return [one for one in mixtures(count) if "expert" in one.ways]
+
+
+BESIDE = [one for one in dealt(2) if {"fsdp", "tensor"} & set(one.ways)]
+
+
+@pytest.mark.parametrize(
+    "composition", [*(one for one in mixtures(1) if not staged(one)), *BESIDE], ids=str
+)
+def test_mixtures_on_one_axis_and_dealt_beside_another(composition: Composition) -> None:
+    check(composition, experts())
 
 
 @pytest.mark.every_composition
-@pytest.mark.parametrize("composition", [*for_experts(2), *for_experts(3)], ids=str)
-def test_experts_on_more_axes(composition: Composition) -> None:
-    check(deep(mixture=True) if staged(composition) else experts(), composition)
+@pytest.mark.parametrize(
+    "composition", [one for n in (2, 3) for one in mixtures(n) if one not in BESIDE], ids=str
+)
+def test_mixtures_on_more_axes(composition: Composition) -> None:
+    check(composition, experts())
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize("composition", [*dealt(1), *dealt(2)], ids=str)
+def test_mixtures_that_drop_nothing(composition: Composition) -> None:
+    check(composition, dropless())
+
+
+def test_the_mixture_drops() -> None:
+    assert on_one_device(experts()).scalars["dropped"] > 0
+
+
+@pytest.mark.every_composition
+def test_the_dropless_mixture_does_not() -> None:
+    scalars = on_one_device(dropless()).scalars
+    assert scalars["dropped"] == 0 and scalars["imbalance"] > 1
 
 
 def test_the_yardstick_is_clipped_and_the_losses_move() -> None:

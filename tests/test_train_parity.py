@@ -88,6 +88,6 @@ def test_every_mesh_is_among_the_cases() -> None:
 def test_a_wrong_gradient_would_show() -> None:
     """The comparison itself: a sum over devices left out is far outside the limit."""
     one = one_device()
-    halved = Result(one.initial, {"embedding": one.gradients["embedding"] / 2}, one.losses)
-    whole = Result(one.initial, {"embedding": one.gradients["embedding"]}, one.losses)
+    halved = replace(one, gradients={"embedding": one.gradients["embedding"] / 2})
+    whole = replace(one, gradients={"embedding": one.gradients["embedding"]})
     assert compare(whole, halved).gradient > 0.4

@@ -21,9 +21,11 @@ from typing import Any
 
 from meshwright.train.parity import Case
 
-__all__ = ["WAYS", "Composition", "compositions"]
+__all__ = ["EXPERT_WAYS", "WAYS", "Composition", "Ways", "compositions"]
 
-WAYS: dict[str, dict[str, dict[str, Any]]] = {
+Ways = dict[str, dict[str, dict[str, Any]]]
+
+WAYS: Ways = {
     "stage": {
         "1f1b": {"schedule": "1f1b"},
         "gpipe": {"schedule": "gpipe"},
@@ -39,6 +41,12 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "tensor": {"tensor": {}, "sequence": {"sequence": True}},
 }
 """Axis → name of a way to use it → the fields of a `Case` that say so."""
+
+EXPERT_WAYS: Ways = {
+    **{axis: ways for axis, ways in WAYS.items() if axis != "context"},
+    "expert": {"expert": {}},
+}
+"""The same for models with experts."""
 
 _DEVICES = 8
 _ORDERS = ("zigzag", "striped", "contiguous")
@@ -66,29 +74,35 @@ class Composition:
         return " ".join(self.ways)
 
 
-def compositions(count: int) -> Iterator[Composition]:
+def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
     """All compositions of so many axes, on 8 devices.
 
     Stages are one of at most three axes: there are eight devices.
+
+    Args:
+        count: of axes.
+        among: `WAYS` or `EXPERT_WAYS`.
 
     >>> [str(found) for found in compositions(4)][:2]
     ['data fsdp context-ring tensor', 'data fsdp context-ring sequence']
     >>> [len(list(compositions(count))) for count in (1, 2, 3, 4)]
     [12, 56, 68, 18]
+    >>> [str(found) for found in compositions(2, EXPERT_WAYS)][-2:]
+    ['tensor expert', 'sequence expert']
     """
     number = 0
-    for axes in itertools.combinations(WAYS, count):
+    for axes in itertools.combinations(among, count):
         if "stage" in axes and count > 3:
             continue
         dealt = count > 2 and "stage" in axes
-        options = [list(WAYS[axis])[: 1 if dealt and axis == "stage" else None] for axis in axes]
+        options = [list(among[axis])[: 1 if dealt and axis == "stage" else None] for axis in axes]
         for chosen in itertools.product(*options):
             ways = chosen
             if dealt:
-                ways = (list(WAYS["stage"])[number % 3], *chosen[1:])
+                ways = (list(among["stage"])[number % 3], *chosen[1:])
             fields: dict[str, Any] = {}
             for axis, way in zip(axes, ways, strict=True):
-                fields |= WAYS[axis][way]
+                fields |= among[axis][way]
             fields |= _SUMS[number % len(_SUMS)]
             fields["remat"] = _REMAT[number % len(_REMAT)]
             if "context" in axes:

@@ -225,6 +225,7 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         * max(1, model.experts.count)
         * model.expert_mlp
         / split("mlp")
+        / parts(placement.experts)
         * itemsize,
         table=model.embed * model.vocab_size / split("vocab") * itemsize,
         layers_gradients=layers_gradients,

@@ -50,7 +50,8 @@ class PlacedGroup(NamedTuple):
         group: the leaves.
         masters: float32 masters, between steps.
         working: the copy a step keeps.
-        compute: what a matmul reads: ``working`` less the axes that split tokens.
+        compute: what a matmul reads: ``working`` less the axes that split tokens, but for the
+            axes that experts are dealt to.
         reduced: gradients in accumulators; the masters' where there are none.
         partial: axes besides those of the tokens that leave its gradient a partial sum.
         copied: whether the step keeps a working copy: layouts differ, if only in an axis of 1.
@@ -74,6 +75,7 @@ class _Names(NamedTuple):
     activations: dict[str, Axes]
     token_axes: Axes
     deferred: Axes
+    experts: Axes
     columns: Axes
     checks: tuple[tuple[str, int, Axes, Table], ...]
 
@@ -90,6 +92,7 @@ class Placement:
         activations: axes by activation dim; of ``sequence`` those besides the length's.
         token_axes: axes that split rows or their length.
         deferred: axes whose gradients stay partial sums until the end of the step.
+        experts: axes that experts are dealt to.
         exchanged: axes that split the embedding's columns, where rows are looked up by exchange
             (`meshwright.train.embedding`) and the table is not gathered; else empty.
         rows: of a microbatch on a device.
@@ -105,6 +108,7 @@ class Placement:
     activations: Mapping[str, Axes]
     token_axes: Axes
     deferred: Axes
+    experts: Axes
     exchanged: Axes
     rows: int
     length: int
@@ -213,6 +217,7 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         activations=activations,
         token_axes=kept(names.token_axes),
         deferred=deferred,
+        experts=kept(names.experts),
         exchanged=exchanged,
         rows=rows // parts[0],
         length=config.seq_len // parts[1],
@@ -248,7 +253,7 @@ def _with_empty(group: WeightGroup, places: int) -> WeightGroup:
 def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
     activations = {dim: rules.axes_for("activations", dim) for dim in _ACTIVATION_DIMS}
     activations["sequence"] = rules.stream_axes()
-    tokens = rules.token_axes()
+    tokens, experts = rules.token_axes(), rules.expert_axes()
     groups, checks = [], {}
     for group in groups_of(model):
         masters, working, reduced = (
@@ -258,7 +263,9 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
             for dim, size in group.dims:
                 if axes := rules.axes_for(table, dim):
                     checks[dim, size, axes, table] = None
-        compute = tuple(axis for axis in working if axis not in tokens)
+        stays = rules.axes_for("params", "experts") if "experts" in dict(group.dims) else ()
+        stays = tuple(axis for axis in stays if axis in experts)
+        compute = tuple(axis for axis in working if axis in stays or axis not in tokens)
         # A norm of the heads sees the heads of its own device only.
         of_heads = model.qk_norm and ("norm", model.head_dim) in group.dims and group.layered
         partial = activations["heads"] if of_heads else ()
@@ -273,9 +280,10 @@ def _names(model: ModelConfig, rules: Rules, many: bool) -> _Names:
     accumulated = {
         axis for group in groups_of(model) for axis in _group_axes(group, rules, "gradients")
     }
-    deferred = tuple(axis for axis in tokens if axis not in accumulated)
+    deferred = tuple(axis for axis in tokens if axis not in accumulated and axis not in experts)
     columns = () if model.tied else _columns(groups, rules)
-    return _Names(tuple(groups), activations, tokens, deferred, columns, tuple(checks))
+    axes = tokens, deferred, experts, columns
+    return _Names(tuple(groups), activations, *axes, tuple(checks))
 
 
 def _columns(groups: list[PlacedGroup], rules: Rules) -> Axes:

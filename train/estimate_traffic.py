@@ -19,6 +19,11 @@ cross once, in float32, the accumulators' dtype.
 `meshwright.sharding.bounds.tensor_layer_bytes` and `vocabulary_bytes`; where the stream between
 them is split over the same axes, an all-gather and a reduce-scatter stand for each all-reduce.
 
+**Tokens** cross the axes that experts are dealt to, and come home: four times
+(`meshwright.sharding.bounds.expert_layer_bytes`), and once more where the layer is recomputed: what
+came home is not, as nobody reads it. Dropless tokens are gathered and scattered instead, or go in
+ragged messages: `meshwright.train.expert_exchange`.
+
 **Keys and values** cross the axes that split the length of rows: `meshwright.train.context`.
 
 **Stages** pass activations on and gradients back; what is outside of the layers is gathered, and
@@ -33,7 +38,10 @@ collective over several axes are shared out by `meshwright.sharding.bounds.axis_
 
 from __future__ import annotations
 
+from math import comb
+
 from meshwright.sharding.bounds import wire_by_axis, wire_bytes
+from meshwright.sharding.expert_layout import dropless_way
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, Phase
 from meshwright.sharding.rules import Rules
@@ -42,6 +50,7 @@ from meshwright.train.estimate_placement import Axes, PlacedGroup, Placement, pl
 
 __all__ = ["by_axis", "expected_collectives", "lower_bounds"]
 
+_PHASES: tuple[Phase, ...] = ("forward", "backward")
 _DTYPES = {2: "bf16", 4: "f32"}
 _IDS = "token ids"
 _LOSS_SCALARS = 2  # the summed loss and the counted tokens
@@ -102,6 +111,7 @@ def expected_collectives(
     _activations(moves, compute_itemsize)
     _context(moves, compute_itemsize)
     _stages(moves, compute_itemsize)
+    _experts(moves, compute_itemsize, kind)
     _scalars(moves)
     return moves.collectives()
 
@@ -203,7 +213,8 @@ def _gradients(moves: _Moves, placed: PlacedGroup, itemsize: int) -> None:
     if placement.stage and not group.layered:
         # Every stage works on embedding and head, and sums for itself.
         deferred = (*deferred, *placement.stage)
-    unsummed = (*_less(placement.token_axes, deferred), *placed.partial)
+    # Of experts that are dealt to devices each device has all gradients: tokens came from others.
+    unsummed = (*_less(placement.token_axes, (*deferred, *placed.compute)), *placed.partial)
     now = tuple([axis for axis in placement.sizes if axis in unsummed])
     size = group.elements / placement.parts(placed.compute) * itemsize * moves.microbatches
     leaf = "layers" if group.layered else "embedding and head"
@@ -364,6 +375,53 @@ def _stages(moves: _Moves, itemsize: int) -> None:
             "collective-permute", placement.stage, dealt, phase, "head's tokens",
             itemsize=itemsize, leaves=schedule.stages - 1,
         )  # fmt: skip
+
+
+def _experts(moves: _Moves, itemsize: int, hardware: str | None) -> None:
+    """What experts on other devices cost: tokens and gates there, sums home, and their gradients.
+
+    Ragged messages are counted by what an even router sends.
+    """
+    placement, model = moves.placement, moves.placement.config.model
+    axes, settings = placement.experts, model.experts
+    if not axes:
+        return
+    parts, again = placement.parts(axes), model.remat != "none"
+    capacity = settings.capacity(placement.config.seq_len)
+    rows = model.expert_layers * placement.rows * moves.microbatches
+
+    def add(kind: Kind, phase: Phase, elements: float, leaf: str, width: int = itemsize) -> None:
+        moves.add(
+            kind, axes, rows * elements * width, phase, leaf,
+            itemsize=width, layered=True, leaves=1,
+        )  # fmt: skip
+
+    if capacity is not None:
+        slots = settings.count * capacity
+        for phase in _PHASES:
+            add("all-to-all", phase, 2 * slots * model.embed, "tokens of experts")
+        add("all-to-all", "forward", slots, "gates")
+        add("all-to-all", "backward", slots, "gates", 4)
+        if again:
+            add("all-to-all", "backward", slots * (model.embed + 1), "tokens of experts again")
+        return
+    way = dropless_way(settings.count, settings.top_k, parts) if hardware else "gather"
+    length, choices = placement.length, settings.top_k
+    gathered, ids = parts * length * model.embed, parts * length * choices
+    there, home, tokens = "all-gather", "reduce-scatter", float(gathered)
+    if way == "ragged":
+        own = settings.count // parts
+        visits = 1 - comb(settings.count - own, choices) / comb(settings.count, choices)
+        there = home = "all-to-all"
+        tokens = gathered * visits
+    for phase in _PHASES + ("backward",) * again:
+        leaf = "tokens of experts"
+        add(there, phase, tokens, leaf)
+    for phase in _PHASES:
+        add(home, phase, tokens, "sums of experts")
+    for phase in ("forward",) + ("backward",) * again:
+        add("all-gather", phase, 2 * ids, "ids and gates", 4)
+    add("reduce-scatter", "backward", ids, "gates", 4)
 
 
 def _scalars(moves: _Moves) -> None:

@@ -17,23 +17,35 @@ copy in the compute dtype, half the bytes of gathering float32 masters. Under FS
 working layout agree and no working copy exists; each layer is cast and gathered as it runs.
 
 A weight cannot stay split over an axis that splits the tokens, so the compute layout is the
-working one without those axes. Everything here is shapes: no devices, no arrays.
+working one without those axes. Experts are the exception: tokens go to them
+(`meshwright.train.expert_parallel`), so their dim stays split over the axes they are dealt to.
+Everything here is shapes: no devices, no arrays.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from meshwright.sharding.decisions import Decisions, axes_of, check_mesh, entry_of, resolve
-from meshwright.sharding.dims import describe, describe_optimizer
+from meshwright.sharding.decisions import (
+    Decision,
+    Decisions,
+    axes_of,
+    check_mesh,
+    entry_of,
+    resolve,
+)
+from meshwright.sharding.dims import Leaf, describe, describe_optimizer
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 
 __all__ = ["Layout", "resolve_layout", "without_axes"]
+
+_EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,24 @@ class Layout:
         }
         return tuple(axis for axis in self.rules.token_axes() if axis not in split)
 
-    def compute_spec(self, spec: PartitionSpec) -> PartitionSpec:
-        """The layout a matmul needs of a weight whose working layout is ``spec``."""
-        return without_axes(spec, self.rules.token_axes())
+    def compute_spec(self, decision: Decision) -> PartitionSpec:
+        """The layout a matmul needs of a weight, from its layout in another role."""
+        spec, dealt = decision.spec, self.rules.expert_axes()
+        tokens = self.rules.token_axes()
+        if not self.is_dealt(decision.leaf):
+            return without_axes(spec, tokens)
+        dims = decision.leaf.dims or ()
+        entries = [
+            entry_of([a for a in axes_of(e) if a not in tokens or (dim == _EXPERTS and a in dealt)])
+            for dim, e in zip(dims, spec, strict=False)
+        ]
+        return without_axes(PartitionSpec(*entries), ())
+
+    def is_dealt(self, leaf: Leaf) -> bool:
+        """Whether a parameter is a stack of experts that tokens go to."""
+        axes = self.rules.expert_axes()
+        parts = math.prod(self.mesh.sizes.get(axis, 1) for axis in axes)
+        return parts > 1 and _EXPERTS in (leaf.dims or ())
 
 
 def resolve_layout(

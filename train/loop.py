@@ -229,6 +229,8 @@ class Loop:
             "step_seconds": watch.seconds / watch.steps if watch.steps else 0.0,
             "skipped": self._skipped,
         }
+        # Of models with experts only.
+        self._record |= {name: values[name] for name in ("dropped", "imbalance") if name in values}
         self._skipped = 0.0
         self._record_step = number
         if self.peak_tokens_per_second:

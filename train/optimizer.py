@@ -56,7 +56,7 @@ __all__ = ["learning_rate_schedule", "make_optimizer"]
 
 _Schedule = Callable[[Any], jax.Array]
 
-_STACKED = ("layers", "dense_layers", "experts")
+_STACKED = ("layers", "dense_layers", "experts", "routes")
 _HEADS = ("heads", "kv_heads", "head_dim")
 _TABLES = ("vocab", "positions")
 _MUON_RMS = 0.2

@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError
+from meshwright.sharding.expert_layout import check_experts
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.schedule import Schedule, layer_slots
 from meshwright.sharding.strategies import (
     context,
     data,
+    expert,
     fold,
     fsdp,
     pipeline,
@@ -40,7 +42,7 @@ __all__ = [
 
 _DEMO_MESH = "data=2,fsdp=2,tensor=2"
 _DEMO_DEVICES = 8
-_SUPPORTED = ("stage", "data", "fsdp", "context", "tensor")
+_SUPPORTED = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 def choose_mesh(config: TrainConfig, device_count: int, *, simulated: bool) -> MeshSpec:
@@ -85,6 +87,7 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
     by_axis = {
         "data": data(),
         "fsdp": fsdp(accumulate=accumulate),
+        "expert": expert(),
         "context": context(),
         "tensor": tensor(),
     }
@@ -128,6 +131,16 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
             why="it splits tokens between the regions of the tensor axis, and there is none",
             fix="add tensor=2 (or more) to the mesh, or leave --sequence out",
         )
+    if "expert" in mesh.names:
+        if not config.model.experts.count:
+            raise RulesError(
+                f"cannot deal the experts of `{config.model.name}` to devices",
+                where=f"mesh {mesh}, model.experts.count=0",
+                why="its layers have one MLP each, and no experts",
+                fix="give the devices of the expert axis to data, fsdp or tensor, or use a model "
+                "with experts such as tiny-moe",
+            )
+        check_experts(config.model.experts.count, mesh.sizes["expert"])
     if config.model.experts.count and mesh.sizes.get("context", 1) > 1:
         raise RulesError(
             f"cannot split rows of `{config.model.name}` along their length",

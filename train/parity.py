@@ -105,11 +105,13 @@ class Result:
         initial: the state before the first step.
         gradients: of the first step, before clipping.
         losses: of every step.
+        scalars: all that the first step returned.
     """
 
     initial: TrainState
     gradients: Any
     losses: list[float]
+    scalars: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def run_case(
     program = program_of(case.of(config))
     state = program.init() if start is None else jax.device_put(start, program.shardings)
     in_order = program.spec.model.in_order
-    initial, first, losses = jax.device_get(state), None, []
+    initial, first, all_scalars = jax.device_get(state), None, []
     initial = replace(initial, params=jax.device_get(in_order(initial.params)))
     step = jax.jit(
         functools.partial(_step_and_gradients, program.spec),
@@ -182,8 +184,8 @@ def run_case(
     for host in batches:
         state, scalars, grads = step(state, program.place(host))
         first = jax.device_get(in_order(grads)) if first is None else first
-        losses.append(float(scalars["loss"]))
-    return Result(initial, first, losses)
+        all_scalars.append({name: float(value) for name, value in scalars.items()})
+    return Result(initial, first, [found["loss"] for found in all_scalars], all_scalars[0])
 
 
 def program_of(config: TrainConfig) -> Program:

@@ -46,7 +46,7 @@ __all__ = ["Pipeline"]
 _State = dict[str, Any]
 """What ticks hand on: ``x`` and ``grad`` (arrived at each stage, from before and after), ``kept``
 (what units leave for their way back), ``losses`` (gradients of the last stage's results), ``sums``
-(gradients so far) and ``plain`` (loss so far)."""
+(gradients so far), ``plain`` (loss so far) and ``load`` (of experts, so far)."""
 
 _Tick = dict[str, jax.Array]
 """One row of `Units`: arrays [stages]; and ``live``."""
@@ -70,8 +70,8 @@ class Pipeline:
     live: np.ndarray
     stream: int = 1
 
-    def gradients(self, working: Any, batch: Batch, scale: jax.Array) -> tuple[Any, jax.Array]:
-        """Summed gradients, and the plain cross-entropy summed.
+    def gradients(self, working: Any, batch: Batch, scale: jax.Array) -> tuple[Any, Any]:
+        """Summed gradients, and what is counted of the batch, as `meshwright.train.step.Sums`.
 
         Args:
             working: parameters as the step keeps them; layers as they are stored.
@@ -79,7 +79,7 @@ class Pipeline:
             scale: of the loss, a float32 scalar.
 
         Returns:
-            Float32 accumulators as `Weights.zero_accumulators` lays them out, and a scalar.
+            Float32 accumulators as `Weights.zero_accumulators` lays them out, and sums.
         """
         run = _Run(self, working, batch, scale)
         state, schedule = run.start(), self.schedule
@@ -94,7 +94,8 @@ class Pipeline:
         state = run.rounds(state, range(rounds, forward))
         left = range(max(forward, back), schedule.ticks)
         state = run.ticks(state, left, backwards=True)
-        return run.by_place(state["sums"]), jnp.sum(state["plain"])
+        sums = {"plain": jnp.sum(state["plain"]), **run.load(state["load"])}
+        return run.by_place(state["sums"]), sums
 
     def plain_sum(self, working: Any, batch: Batch) -> jax.Array:
         """The plain cross-entropy of a batch, summed; forward only. Arguments as `gradients`."""
@@ -166,6 +167,7 @@ class _Run:
             "losses": None if at_once else kept(floats[0]),
             "sums": sums,
             "plain": jnp.zeros((), jnp.float32),
+            "load": jax.tree.map(zeros, self.model.load(self.carry)),
         }
 
     def ticks(
@@ -263,8 +265,15 @@ class _Run:
         over_all = self._mapped(one, self._chunk(now), now["first"], now.get("live"))
         floats, others, kept = over_all(*floats_of(state["x"]), self._rows(now))
         store = functools.partial(self.on_stage.store, slot=now["slot"], valid=now["valid"])
-        x = self.on_stage.shift(joined(self.carry, floats, others), 1)
-        return {**state, "kept": list(map(store, state["kept"], kept)), "x": x}, floats[0]
+        made = joined(self.carry, floats, others)
+        load = jax.tree.map(
+            lambda total, x: total + self.on_stage.mask(now["last"], x, 0),
+            state["load"],
+            self.model.load(made),
+        )
+        x = self.on_stage.shift(made, 1)
+        kept = list(map(store, state["kept"], kept))
+        return {**state, "kept": kept, "x": x, "load": load}, floats[0]
 
     def _loss(self, state: _State, made: jax.Array, now: _Tick) -> tuple[_State, jax.Array | None]:
         """The head on what the last stage has made, and the gradient for it to take back."""
@@ -414,6 +423,10 @@ class _Run:
         lead = len(self.weights.lead)
         flat = jax.tree.map(functools.partial(_flat, lead=lead), sums[LAYERS])
         return {**sums, LAYERS: flat}
+
+    def load(self, load: Any) -> Any:
+        """Loads of experts [R, p, …] summed over replicas; whole on the last stage."""
+        return self.replicas.total(jax.tree.map(lambda x: jnp.sum(x, self.on_stage.at), load))
 
     def _zeros(self, *args: Any) -> jax.Array:
         """Zeros [R, leading numbers, …] of a shape."""

@@ -295,7 +295,8 @@ class Plan:
     ) -> PlanFacts:
         """What the warnings are found in."""
         layout, config = self.layout, self.config
-        tokens = set(self.rules.token_axes())
+        # Gradients are scattered over the axes of tokens, and experts' over none they are dealt to.
+        tokens = set(self.rules.token_axes()) - set(self.rules.expert_axes())
         leaves, gathers, scattered = [], {}, set[str]()
         for decision in layout.masters:
             leaf, spec = decision.leaf, decision.spec
@@ -342,6 +343,9 @@ class Plan:
         found = {(kind, axis) for kind in kinds for axis in length}
         found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in stream}
         found |= {("collective-permute", "stage")} if "stage" in self.mesh.names else set()
+        dropless = self.config.model.experts.capacity_factor is None
+        kinds = ("all-to-all", *("all-gather", "reduce-scatter") * dropless)
+        found |= {(kind, axis) for kind in kinds for axis in self.rules.expert_axes()}
         return frozenset(found)
 
     def _model(self, kernel: str) -> dict[str, Any]:

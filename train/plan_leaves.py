@@ -119,7 +119,7 @@ def _parameters_by_shape(layout: Layout) -> Mapping[tuple[int, ...], tuple[str, 
     for decisions in roles:
         leaf = decisions[0].leaf
         specs = {decision.spec for decision in decisions}
-        specs |= {layout.compute_spec(decision.spec) for decision in decisions}
+        specs |= {layout.compute_spec(decision) for decision in decisions}
         for spec in specs:
             shape = local_shape(leaf.shape, spec, layout.mesh)
             stacked = leaf.dims is not None and leaf.dims[:1] in (("layers",), ("dense_layers",))

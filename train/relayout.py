@@ -3,8 +3,8 @@
 A pipeline stores the stacked layers as its stages hold them (`meshwright.sharding.schedule`): in
 order, unless chunks are interleaved or the layers do not divide evenly. A checkpoint says which
 layer each of its places holds. One that was saved in another order is read as it was saved and then
-reordered, on the devices, once, with room for it twice; zeros fill places without a layer. The alternative, saving always
-in order, would move the whole state between devices at every save.
+reordered, on the devices, once, with room for it twice; zeros fill places without a layer. The
+alternative, saving always in order, would move the whole state between devices at every save.
 """
 
 from __future__ import annotations

@@ -31,11 +31,35 @@ from meshwright.sharding.rules import Rules
 from meshwright.sharding.token_layout import TokenLayout, token_order
 from meshwright.train.layout import Layout
 
-__all__ = ["Batch", "Replicas", "batch_shardings", "real_axes"]
+__all__ = ["Batch", "Held", "Levels", "Replicas", "batch_shardings", "real_axes", "real_axes_of"]
 
 Batch = dict[str, jax.Array]
 """``tokens``, ``targets`` int32 and ``weights`` float32, all [microbatches, rows, length]; with
 masked documents also ``segments`` and ``positions`` int32 of that shape."""
+
+Levels = tuple[tuple[str, ...], ...]
+"""The axes of each map, outermost first."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An array of `Replicas.on_devices` that is mapped over some levels only.
+
+    Attributes:
+        spec: layout without the mapped dims.
+        over: the levels it is mapped over; along the others it is the same.
+    """
+
+    spec: PartitionSpec
+    over: Levels
+
+    def lead(self, levels: Levels) -> tuple[int, ...]:
+        """Places of its mapped dims."""
+        return tuple(range(sum(level in self.over for level in levels)))
+
+    def spread(self, levels: Levels) -> PartitionSpec:
+        """Its layout with the mapped dims."""
+        return PartitionSpec(*(level for level in levels if level in self.over), *self.spec)
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,7 @@ class Replicas:
         order: how the length is dealt.
         stage: axes of more than one device that split the layers. Not of the tokens; but a
             pipeline maps over its stages too, inside of the replicas.
+        expert: of those that split rows, the ones that experts are dealt to; always in ``now``.
     """
 
     mesh: Mesh
@@ -60,17 +85,20 @@ class Replicas:
     now: tuple[str, ...]
     order: TokenLayout
     stage: tuple[str, ...] = ()
+    expert: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout, mesh: Mesh, order: TokenLayout, microbatches: int = 1) -> Replicas:
         """The replicas of a layout on its mesh, for a step of so many microbatches."""
         rows, length = (real_axes(layout.rules, mesh, dim) for dim in ("batch", "length"))
         unreduced = layout.unreduced_axes(layout.reduced) if microbatches > 1 else ()
-        split = (*rows, *length)
+        split, expert = (*rows, *length), real_axes_of(layout.rules.expert_axes(), mesh)
+        # Experts have no sums of one replica that could be kept apart.
+        unreduced = tuple(axis for axis in unreduced if axis not in expert)
         apart = tuple(axis for axis in split if axis in unreduced)
         now = tuple(axis for axis in split if axis not in unreduced)
-        stage = tuple(axis for axis in layout.rules.stage_axes() if mesh.shape[axis] > 1)
-        return cls(mesh, rows, length, apart, now, order, stage)
+        stage = real_axes_of(layout.rules.stage_axes(), mesh)
+        return cls(mesh, rows, length, apart, now, order, stage, expert)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -78,7 +106,7 @@ class Replicas:
         return (*self.apart, *self.now)
 
     @property
-    def levels(self) -> tuple[tuple[str, ...], ...]:
+    def levels(self) -> Levels:
         """The axes of each map, outermost first; none of no axes."""
         return tuple(group for group in (self.apart, self.now) if group)
 
@@ -99,10 +127,15 @@ class Replicas:
             one = jax.vmap(one, spmd_axis_name=self.apart)
         return one
 
+    def total(self, tree: Any) -> Any:
+        """Results of `mapped`, with a dim for every level, summed over the replicas."""
+        lead = tuple(range(len(self.levels)))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=lead), tree)
+
     def on_devices(
         self,
         local: Callable[..., Any],
-        in_specs: Sequence[PartitionSpec],
+        in_specs: Sequence[PartitionSpec | Held],
         out_specs: Any,
         like: Callable[..., Any],
     ) -> Callable[..., Any]:
@@ -114,30 +147,39 @@ class Replicas:
         Args:
             local: of arrays as one device holds them, without the mapped dims.
             in_specs, out_specs: layouts of arguments and results over other axes than the mapped,
-                without the mapped dims.
+                without the mapped dims. An array that is mapped over some levels only, and the
+                same along the others, says so by `Held`.
             like: arguments → `jax.ShapeDtypeStruct` of every result, for arguments with any number
                 of leading dims, which the results have too.
         """
         levels = (*self.levels, self.stage) if self.stage else self.levels
 
-        def spread(spec: PartitionSpec) -> PartitionSpec:
-            return PartitionSpec(*levels, *spec)
+        def held(spec: PartitionSpec | Held) -> Held:
+            return spec if isinstance(spec, Held) else Held(spec, levels)
+
+        is_spec = {"is_leaf": lambda node: isinstance(node, PartitionSpec | Held)}
+        is_held = {"is_leaf": lambda node: isinstance(node, Held)}
+        ins, outs = tuple(map(held, in_specs)), jax.tree.map(held, out_specs, **is_spec)
 
         def stripped(*args: jax.Array) -> Any:
-            lead = tuple(range(len(levels)))
-            found = local(*(jax.lax.squeeze(x, lead) for x in args))
-            return jax.tree.map(lambda x: jax.lax.expand_dims(x, lead), found)
+            found = local(
+                *(jax.lax.squeeze(x, held.lead(levels)) for x, held in zip(args, ins, strict=True))
+            )
+            return jax.tree.map(
+                lambda held, x: jax.lax.expand_dims(x, held.lead(levels)), outs, found, **is_held
+            )
 
-        is_spec = {"is_leaf": lambda node: isinstance(node, PartitionSpec)}
         call: Callable[..., Any] = jax.shard_map(
             stripped,
             mesh=self.mesh,
-            in_specs=tuple(map(spread, in_specs)),
-            out_specs=jax.tree.map(spread, out_specs, **is_spec),
+            in_specs=tuple(held.spread(levels) for held in ins),
+            out_specs=jax.tree.map(lambda held: held.spread(levels), outs, **is_held),
             check_vma=False,
         )
-        for _ in levels:
-            call = _lifted(call, like)
+        for level in levels:
+            mapped = [level in held.over for held in ins]
+            made = jax.tree.map(lambda held, level=level: level in held.over, outs, **is_held)
+            call = _lifted(call, like, mapped, made)
         return call
 
     def deal(self, batch: Batch) -> Batch:
@@ -182,28 +224,45 @@ def batch_shardings(layout: Layout, mesh: Mesh, names: Sequence[str]) -> dict[st
     return {name: NamedSharding(mesh, spec) for name in names}
 
 
-def _lifted(call: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+def _lifted(
+    call: Callable[..., Any], like: Callable[..., Any], mapped_in: Sequence[bool], mapped_out: Any
+) -> Callable[..., Any]:
     """A function that a ``vmap`` turns into ``call`` on what it maps over.
 
     Outside of a map there are no replicas to run on, so there it is nothing but NaN.
+
+    Args:
+        call, like: see `Replicas.on_devices`.
+        mapped_in, mapped_out: which arguments and results are mapped.
     """
 
     @jax.custom_batching.custom_vmap
     def alone(*args: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), like(*args))
+        return jax.tree.map(_nothing, like(*args))
 
     @alone.def_vmap
     def _(size: int, batched: Sequence[bool], *args: jax.Array) -> tuple[Any, Any]:
+        assert not any(have and not want for have, want in zip(batched, mapped_in, strict=True))
         whole = [
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            for x, mapped in zip(args, batched, strict=True)
+            jnp.broadcast_to(x, (size, *x.shape)) if want and not have else x
+            for x, have, want in zip(args, batched, mapped_in, strict=True)
         ]
-        found = call(*whole)
-        return found, jax.tree.map(lambda _: True, found)
+        return call(*whole), mapped_out
 
     return alone
 
 
+def _nothing(x: Any) -> jax.Array:
+    """NaN of a shape, or 0 where the dtype has none."""
+    fill = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0
+    return jnp.full(x.shape, fill, x.dtype)
+
+
+def real_axes_of(axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
+    """Those of more than one device."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
 def real_axes(rules: Rules, mesh: Mesh, dim: str) -> tuple[str, ...]:
     """The axes of more than one device that split an activation dim."""
-    return tuple(axis for axis in rules.axes_for("activations", dim) if mesh.shape[axis] > 1)
+    return real_axes_of(rules.axes_for("activations", dim), mesh)

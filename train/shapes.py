@@ -145,11 +145,11 @@ def _block(config: ModelConfig) -> dict[str, dict[str, int]]:
     }
     experts = config.experts
     if experts.count:
-        of_experts, width = {"experts": experts.count}, config.expert_mlp
-        found["experts/router"] = embed | of_experts
-        found |= _matrices(config, "experts", width, of_experts)
+        routes, width = {"routes": experts.count}, config.expert_mlp
+        found["experts/router"] = embed | routes
+        found |= _matrices(config, "experts", width, {"experts": experts.count})
         if experts.balance == "bias":
-            found["experts/bias"] = of_experts
+            found["experts/bias"] = routes
         if experts.shared:
             found |= _matrices(config, "experts/shared", experts.shared * width, {})
     else:
@@ -247,9 +247,8 @@ def _moment_groups(
 
 
 def _is_muon(leaf: LeafShape) -> bool:
-    """Whether muon orthogonalises a leaf: a matrix of a block, no table, norm, bias or stack of
-    experts."""
-    return leaf.path.rpartition("/")[2].startswith("w") and "experts" not in (leaf.dims or ())
+    """Whether muon orthogonalises a leaf: a matrix of a block, no table, norm, bias or router."""
+    return leaf.path.rpartition("/")[2].startswith("w")
 
 
 def _factored(leaf: LeafShape) -> list[LeafShape]:

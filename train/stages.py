@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meshwright.models.experts import expert_loss
+from meshwright.models.experts import expert_loss, load_of
 from meshwright.models.hooks import Hooks, keep_scored
 from meshwright.models.pure import Functional
 from meshwright.train.replicas import Batch
@@ -106,6 +106,10 @@ class StageModel:
         hooks = replace(self.hooks(rows), run_layers=run_layers, collect=collect, score=score)
         loss = self._apply(params, rows, hooks)
         return seen[-1], loss
+
+    def load(self, carry: Any) -> dict[str, jax.Array]:
+        """What the layers of experts report besides losses; nothing without experts."""
+        return load_of(carry[1]) if self.model.config.experts.count else {}
 
     def head(self, params: Any, x: jax.Array, rows: Batch) -> tuple[jax.Array, jax.Array]:
         """Sums of the training loss and of the plain cross-entropy.

@@ -29,13 +29,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from meshwright.models.experts import expert_loss
+from meshwright.models.experts import ExpertSums, expert_loss, load_imbalance, load_of
 from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
 from meshwright.sharding.schedule import Schedule
 from meshwright.train.attention import attention_of
 from meshwright.train.config import ContextConfig, GuardConfig, LossConfig, PipelineConfig
+from meshwright.train.expert_parallel import ExpertParallel
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
 from meshwright.train.pipeline import Pipeline
@@ -46,6 +47,7 @@ from meshwright.train.weights import Reductions, Weights
 
 __all__ = [
     "StepSpec",
+    "Sums",
     "apply_gradients",
     "eval_step",
     "gradients",
@@ -53,6 +55,10 @@ __all__ = [
     "sampling_params",
     "train_step",
 ]
+
+Sums = dict[str, jax.Array]
+"""Sums over a batch: ``plain``, the plain cross-entropy; of a model with experts also ``load`` and
+``dropped`` of `meshwright.models.experts.ExpertSums`."""
 
 _NORM_MEAN_DECAY = 0.95
 _EMBEDDING = "embedding"
@@ -111,25 +117,27 @@ def train_step(
     Returns:
         The next state and float32 scalars: ``loss`` (plain cross-entropy, mean over counted
         tokens), ``grad_norm`` before clipping, ``learning_rate``, ``tokens`` counted,
-        ``skipped`` (1.0 if the update was refused) and ``bad_in_row``.
+        ``skipped`` (1.0 if the update was refused) and ``bad_in_row``. Of a model with experts
+        also ``dropped``, the fraction of choices that found no room, and ``imbalance``, see
+        `meshwright.models.experts.load_imbalance`; both of the whole batch.
     """
     return apply_gradients(spec, state, *gradients(spec, constrain, state.params, batch))
 
 
 def apply_gradients(
-    spec: StepSpec, state: TrainState, grads: Any, plain: jax.Array, tokens: jax.Array
+    spec: StepSpec, state: TrainState, grads: Any, sums: Sums, tokens: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The second half of a step: clip, guard, update.
 
     Args:
         spec: the program's constants.
         state: before the step.
-        grads, plain, tokens: as `gradients` returns them.
+        grads, sums, tokens: as `gradients` returns them.
 
     Returns:
         As `train_step`.
     """
-    loss = plain / jnp.maximum(tokens, 1.0)
+    loss = sums["plain"] / jnp.maximum(tokens, 1.0)
     norm = optax.tree.norm(grads)
     good = _acceptable(spec.guard, loss, norm, state.grad_norm_mean)
     if spec.clip_norm:
@@ -162,6 +170,10 @@ def apply_gradients(
         "skipped": bad.astype(jnp.float32),
         "bad_in_row": after.bad_in_row.astype(jnp.float32),
     }
+    if "load" in sums:
+        chosen = jnp.sum(sums["load"]).astype(jnp.float32)
+        metrics["dropped"] = jnp.sum(sums["dropped"]).astype(jnp.float32) / chosen
+        metrics["imbalance"] = load_imbalance(sums["load"])
     return after, metrics
 
 
@@ -179,7 +191,7 @@ def eval_step(
         return plain, jnp.sum(batch["weights"])
 
     def plain_sum(rows: Batch) -> jax.Array:
-        return _loss_sums(spec, replicas, weights, inner, working, rows)[1]
+        return _loss_sums(spec, replicas, weights, inner, working, rows)[1]["plain"]
 
     def one(total: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
         return total + jnp.sum(replicas.mapped(plain_sum)(rows)), None
@@ -190,7 +202,7 @@ def eval_step(
 
 def gradients(
     spec: StepSpec, constrain: Constrain, params: Any, batch: Batch
-) -> tuple[Any, jax.Array, jax.Array]:
+) -> tuple[Any, Sums, jax.Array]:
     """Gradients of the mean training loss over a global batch.
 
     Args:
@@ -199,10 +211,10 @@ def gradients(
         batch: see `Batch`.
 
     Returns:
-        (gradients, summed plain cross-entropy, counted tokens): gradients float32 in the
-        masters' layout, already divided by the counted tokens.
+        (gradients, sums over the batch, counted tokens): gradients float32 in the masters' layout,
+        already divided by the counted tokens.
     """
-    microbatches = batch["tokens"].shape[0]
+    microbatches, model = batch["tokens"].shape[0], spec.model.config
     tokens = jnp.sum(batch["weights"])
     scale = 1.0 / jnp.maximum(tokens, 1.0)
     replicas = spec.replicas(microbatches)
@@ -213,33 +225,35 @@ def gradients(
     inner = constrain.without(replicas.axes)
     if replicas.stage:
         pipeline = _pipeline(spec, replicas, weights, inner, batch)
-        grads, plain = pipeline.gradients(working, replicas.deal(batch), scale)
-        return weights.summed(grads), plain, tokens
+        grads, sums = pipeline.gradients(working, replicas.deal(batch), scale)
+        return weights.summed(grads), sums, tokens
 
-    def one(rows: Batch) -> tuple[Any, jax.Array]:
-        def scaled(working: Any) -> tuple[jax.Array, jax.Array]:
-            train, plain = _loss_sums(spec, replicas, weights, inner, working, rows)
-            return train * scale, plain
+    def one(rows: Batch) -> tuple[Any, Sums]:
+        def scaled(working: Any) -> tuple[jax.Array, Sums]:
+            train, sums = _loss_sums(spec, replicas, weights, inner, working, rows)
+            return train * scale, sums
 
-        grads, plain = jax.grad(scaled, has_aux=True)(working)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), plain
+        grads, sums = jax.grad(scaled, has_aux=True)(working)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     one = replicas.mapped(one, out_axes=(None, 0))
     batch = replicas.deal(batch)
     if once:
-        grads, plain = one(jax.tree.map(lambda x: x[0], batch))
-        return weights.into_masters(grads), jnp.sum(plain), tokens
+        grads, sums = one(jax.tree.map(lambda x: x[0], batch))
+        return weights.into_masters(grads), replicas.total(sums), tokens
 
-    def add(totals: tuple[Any, jax.Array], rows: Batch) -> tuple[tuple[Any, jax.Array], None]:
-        grads, plain = one(rows)
-        summed = jax.tree.map(jnp.add, totals, (grads, plain))
+    def add(totals: tuple[Any, Sums], rows: Batch) -> tuple[tuple[Any, Sums], None]:
+        summed = jax.tree.map(jnp.add, totals, one(rows))
         return (weights.accumulated(summed[0]), summed[1]), None
 
-    zeros = weights.zero_accumulators(params)
-    plain0 = jnp.zeros(tuple(map(replicas.size, replicas.levels)), jnp.float32)
-    (grads, plain), _ = jax.lax.scan(add, (zeros, plain0), batch)
+    lead = tuple(map(replicas.size, replicas.levels))
+    start = {"plain": jnp.zeros(lead, jnp.float32)}
+    if model.experts.count:
+        none = load_of(ExpertSums.zeros(model, 0))
+        start |= {name: jnp.zeros((*lead, *x.shape), x.dtype) for name, x in none.items()}
+    (grads, sums), _ = jax.lax.scan(add, (weights.zero_accumulators(params), start), batch)
     grads = weights.summed(grads) if replicas.apart else weights.into_masters(grads)
-    return grads, jnp.sum(plain), tokens
+    return grads, replicas.total(sums), tokens
 
 
 def sampling_params(spec: StepSpec, params: Any) -> Any:
@@ -261,18 +275,20 @@ def _loss_sums(
     constrain: Constrain,
     working: Any,
     rows: Batch,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Sums]:
+    """The training loss of one replica's rows, and what is counted of them."""
     tokens = math.prod(rows["tokens"].shape)
     exchange = None if spec.model.config.tied else weights.exchange_for(_EMBEDDING, tokens)
     hooks = _hooks(spec, replicas, weights, constrain, rows)
-    sums: Any = spec.model.apply(
+    found: Any = spec.model.apply(
         weights.use_all_but_layers(working, but=(_EMBEDDING,) if exchange else ()),
         rows["tokens"],
         positions=rows.get("positions"),
         segments=rows.get("segments"),
         hooks=replace(hooks, look_up=exchange or take_rows),
     )
-    return sums
+    train, plain, *experts = found
+    return train, {"plain": plain, **(experts[0] if experts else {})}
 
 
 def _hooks(
@@ -292,8 +308,13 @@ def _hooks(
         constrain=constrain,
         reshard=constrain.reshard,
         attention=attention_of(spec.mesh, constrain.rules, replicas, spec.context.kind),
+        experts=ExpertParallel(replicas, weights) if replicas.expert else None,
         score=score,
-        collect=lambda sums, experts: (sums[0] + expert_loss(experts, rows["weights"]), sums[1]),
+        collect=lambda sums, experts: (
+            sums[0] + expert_loss(experts, rows["weights"]),
+            sums[1],
+            load_of(experts),
+        ),
         run_layers=weights.run_layers,
     )
 

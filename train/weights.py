@@ -15,6 +15,10 @@ reducing over all of them at once moves 2ρ(rs)Ψ. The sums of separate devices 
 mapped dim of the caller's, so the reduction can be written down as the collectives it should be;
 left to the partitioner, some weights were all-reduced and then sliced.
 
+**Experts** that are dealt to devices are used where they are, gathered over other axes only, and
+tokens go to them (`meshwright.train.expert_parallel`). What comes back is reduced already: of what
+is mapped, only that code knows which gradient is whose, and calls `Weights.sums_of` itself.
+
 Each use carries a name scope, so that whoever reads the compiled program knows whose bytes move.
 """
 
@@ -90,7 +94,10 @@ class Weights:
         self.working_specs = layout.working.specs(shapes)
         self.master_specs = layout.masters.specs(shapes)
         self.reduced_specs = self.master_specs if final else layout.reduced.specs(shapes)
-        self.compute_specs = _map_specs(layout.compute_spec, self.working_specs)
+        structure = jax.tree.structure(shapes)
+        compute = [layout.compute_spec(decision) for decision in layout.working]
+        self.compute_specs = jax.tree.unflatten(structure, compute)
+        self.dealt = frozenset(d.leaf.path for d in layout.working if layout.is_dealt(d.leaf))
 
     def working(self, masters: Any) -> Any:
         """Masters as the step keeps them: gathered once, in the compute dtype, where that differs.
@@ -231,13 +238,13 @@ class Weights:
     def _use(self, weights: Any, working: Any, compute: Any, reduced: Any, parent: str = "") -> Any:
         def one(path: Any, weight: jax.Array, *specs: PartitionSpec) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return self._use_one(weight, specs, scope_of(f"{parent}/{name}" if parent else name))
+            return self._use_one(weight, specs, f"{parent}/{name}" if parent else name)
 
         return jax.tree_util.tree_map_with_path(one, weights, working, compute, reduced)
 
-    def _use_one(self, weight: jax.Array, specs: Sequence[PartitionSpec], scope: str) -> jax.Array:
+    def _use_one(self, weight: jax.Array, specs: Sequence[PartitionSpec], path: str) -> jax.Array:
         working, compute, reduced = specs
-        stored = weight.dtype
+        stored, scope = weight.dtype, scope_of(path)
 
         @jax.custom_vjp
         def use(weight: jax.Array) -> jax.Array:
@@ -248,6 +255,8 @@ class Weights:
             # Through the compute layout first: the partitioner then sums what is left to it
             # where the gradient is, and does not reshard what it is computed from.
             with jax.named_scope(scope):
+                if path in self.dealt:
+                    return (self._put(grad, reduced).astype(stored),)
                 held = self._put(grad, compute)
                 return (self._reduced(held, compute, reduced, scope).astype(stored),)
 
@@ -279,32 +288,47 @@ class Weights:
         compute: PartitionSpec,
         reduced: PartitionSpec,
     ) -> jax.Array:
-        """Sum [replicas over ``now``, …] laid out as ``compute``: scatter over the axes that split
-        a dim of ``reduced``, all-reduce over the others."""
-        scattered = {
-            dim: axes
-            for dim, entry in enumerate(reduced)
-            if (axes := tuple(axis for axis in axes_of(entry) if axis in now))
-        }
-        whole = tuple(axis for axis in now if not any(axis in axes for axes in scattered.values()))
-
-        def local(grads: jax.Array) -> jax.Array:
-            grad = jax.lax.squeeze(grads, (0,))
-            for dim, axes in scattered.items():
-                grad = self.torus.scatter(grad, axes, dim)
-            return jax.lax.psum(grad, whole) if whole else grad
-
-        split = _axes_by_dim(compute, grads.ndim - 1)
-        for dim, axes in scattered.items():
-            split[dim] = (*split[dim], *axes)
-        out = PartitionSpec(*(axes or None for axes in split))
+        """Sum [replicas over ``now``, …] laid out as ``compute``, into ``reduced``."""
+        local, out = self.sums_of(now, compute, reduced, grads.ndim - 1)
         return jax.shard_map(
-            local,
+            lambda grads: local(jax.lax.squeeze(grads, (0,))),
             mesh=self.mesh,
             in_specs=PartitionSpec(now, *compute),
             out_specs=out,
             check_vma=False,
         )(grads)
+
+    def sums_of(
+        self, axes: Sequence[str], compute: PartitionSpec, reduced: PartitionSpec, ndim: int
+    ) -> tuple[Callable[[jax.Array], jax.Array], PartitionSpec]:
+        """How a device's part of a gradient is summed over axes: scattered over those that split a
+        dim of ``reduced``, all-reduced over the others.
+
+        Args:
+            axes: to sum over.
+            compute: layout of the gradient over other axes.
+            reduced: layout wanted.
+            ndim: of the gradient.
+
+        Returns:
+            A function of the local array, inside of a `jax.shard_map`; and its result's layout.
+        """
+        scattered = {
+            dim: found
+            for dim, entry in enumerate(reduced)
+            if (found := tuple(axis for axis in axes_of(entry) if axis in axes))
+        }
+        whole = tuple(axis for axis in axes if not any(axis in a for a in scattered.values()))
+
+        def local(grad: jax.Array) -> jax.Array:
+            for dim, found in scattered.items():
+                grad = self.torus.scatter(grad, found, dim)
+            return jax.lax.psum(grad, whole) if whole else grad
+
+        split = _axes_by_dim(compute, ndim)
+        for dim, found in scattered.items():
+            split[dim] = (*split[dim], *found)
+        return local, PartitionSpec(*(found or None for found in split))
 
     def _gathered(self, x: jax.Array, held: PartitionSpec, spec: PartitionSpec) -> jax.Array:
         """Take ``x`` from one layout to another that splits less.
