@@ -45,7 +45,7 @@ __all__ = [
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "learned"]
 Activation = Literal["swiglu", "gelu"]
-Remat = Literal["none", "full", "dots", "save-attention"]
+Remat = Literal["none", "full", "dots", "save-attention", "offload"]
 Balance = Literal["loss", "bias", "none"]
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -245,7 +245,8 @@ class ModelConfig:
     tied: bool = False
     """The logits use the embedding's own weights instead of a matrix of their own."""
     remat: Remat = "none"
-    """What backward recomputes: `none`, `full` (whole block), `dots` (all but weight matmuls)."""
+    """What backward recomputes: `none`, `full` (whole block), `dots` (all but weight matmuls),
+    `save-attention` (all but attention), `offload` (whole block; its input waits on the host)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     experts: ExpertConfig = ExpertConfig()

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from meshwright.models.config import Remat
 
@@ -44,6 +45,9 @@ __all__ = [
 
 ATTENTION = "attention"
 """Checkpoint name of what attention leaves for the backward pass."""
+
+_STREAM = "stream"
+"""Checkpoint name of a layer's input."""
 
 LayerBody = Callable[[Any, Any], Any]
 """One layer: (x, the parameters of one layer as nested dicts) → x of the same structure."""
@@ -164,9 +168,20 @@ def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     dim, so not attention's) and recomputes what is cheap. ``save-attention`` keeps, besides the
     input, what is named `ATTENTION`: the output of attention, and what its kernel needs to
     differentiate it where that says so, so that neither it nor what it sent is repeated.
+    ``offload`` is ``full`` with the layers' inputs in the host's memory until they are needed:
+    two transfers of each, which overlap with the layers between where the backend can; on
+    backends without memory of the host's, it is ``full``.
     """
     if remat == "none":
         return body
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=(_STREAM,),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(_naming_input(body), policy=policy, prevent_cse=False)
     # The loop boundary of the scan already keeps the compiler from merging the recomputation
     # with the forward pass, so the barriers of prevent_cse would only block fusions.
     if remat == "full":
@@ -176,6 +191,17 @@ def rematerialise(body: LayerBody, remat: Remat) -> LayerBody:
     else:
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _naming_input(body: LayerBody) -> LayerBody:
+    """``body`` that names the stream it reads, the first of what flows through the layers."""
+
+    def named(x: Any, parameters: Any) -> Any:
+        (stream, *rest), tree = jax.tree.flatten(x)
+        x = jax.tree.unflatten(tree, [checkpoint_name(stream, _STREAM), *rest])
+        return body(x, parameters)
+
+    return named
 
 
 def scan_layers(body: LayerBody, stacked: Any, x: Any, remat: Remat) -> Any:

@@ -184,6 +184,10 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
             "--mesh expert=8 --model tiny-moe --model.experts.count 12",
             "deal 12 experts to 8 devices\n.*\n.*not divisible by 8\n.*6, 12, or 8 or 16",
         ),
+        (
+            "--mesh stage=2,data=4 --grad-accum 2 --model.remat offload",
+            "offload in a pipeline\n.*\n.*buffers on the device\n.*--model.remat full",
+        ),
         # An axis used twice.
         (
             "--mesh fsdp=8 --rules params.mlp=fsdp",

@@ -55,6 +55,8 @@ _IN_ORDER = ("a100",)  # XLA's schedules for Hopper and later run more ahead tha
 # Between the regions of tensor parallelism: gathered inputs, their gradients and outputs that wait
 # for their scatter, in units of a whole activation; as H100's and v5e's compilers have it.
 _WHOLE_ROWS = 5
+# Layers' inputs on their way to the host's memory and back.
+_AWAY = 2
 _MARGIN = "margin of the closed forms"
 
 
@@ -215,7 +217,9 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
     embed = tokens * model.embed * itemsize
     return _Sizes(
         stream=embed,
-        inputs=placement.layers_kept * embed / split("sequence"),
+        inputs=(_AWAY if model.remat == "offload" else placement.layers_kept)
+        * embed
+        / split("sequence"),
         kept=placement.layers_kept * tokens * kept,
         hidden=tokens * model.active_mlp / split("mlp") * itemsize,
         scores=tokens * length * model.heads / split("heads"),

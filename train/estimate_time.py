@@ -105,7 +105,7 @@ def work_of(placement: Placement, *, itemsize: int, fused_attention: bool, kind:
     tokens = placement.tokens * config.grad_accum
     scored = placement.head_tokens * config.grad_accum
     forward, attention, last, head = _token_flops(placement, fused_attention, kind)
-    again = forward - last if model.remat in ("full", "save-attention") else 0.0
+    again = forward - last if model.remat in ("full", "save-attention", "offload") else 0.0
     matmuls = tokens * layers * (3 * forward + again) + scored * 3 * head
     # Forward, backward, and the forward pass once more where it is not kept.
     kept = model.remat == "none" or (model.remat == "save-attention" and fused_attention)
@@ -165,7 +165,7 @@ def _memory_traffic(placement: Placement, itemsize: int, fused: bool, kind: str)
     keys = 2 * model.kv_heads * model.head_dim / placement.split("kv_heads")
     inner = queries + keys + model.active_mlp / placement.split("mlp")
     again = (
-        4 / 3 if model.remat in ("full", "save-attention") else 1.0
+        4 / 3 if model.remat in ("full", "save-attention", "offload") else 1.0
     )  # one forward pass more than three passes
     token = again * (passes.stream * model.embed + passes.inner * inner) * itemsize
     token += passes.kept * _kept_bytes(placement, itemsize, fused, kind)

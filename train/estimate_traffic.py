@@ -266,7 +266,7 @@ def _activations(moves: _Moves, itemsize: int) -> None:
     stream = tokens * model.embed * itemsize  # one activation A, all microbatches
     heads, mlp, vocab = (placement.activations[dim] for dim in ("heads", "mlp", "vocab"))
     sequence = placement.activations["sequence"]
-    layers, again = placement.layers, model.remat in ("full", "save-attention")
+    layers, again = placement.layers, model.remat in ("full", "save-attention", "offload")
 
     def enter(axes: Axes, phase: Phase, leaf: str, size: float, layered: bool = True) -> None:
         """Where a region begins: nothing to do but in a stream that is split."""
@@ -327,7 +327,7 @@ def _context(moves: _Moves, itemsize: int) -> None:
     tokens = placement.tokens * moves.microbatches
     width = 2 * model.head_dim * max(model.kv_heads / placement.split("kv_heads"), 1)
     keys = placement.layers * tokens * width * itemsize  # K of all layers and microbatches
-    again = model.remat in ("full", "dots")  # attention's output is not kept
+    again = model.remat in ("full", "dots", "offload")  # attention's output is not kept
 
     def add(kind: Kind, phase: Phase, size: float, leaf: str, *, f32: bool = False) -> None:
         count = parts - 1 if kind == "collective-permute" else 1

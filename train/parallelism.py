@@ -141,6 +141,13 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
                 "with experts such as tiny-moe",
             )
         check_experts(config.model.experts.count, mesh.sizes["expert"])
+    if config.model.remat == "offload" and "stage" in mesh.names:
+        raise RulesError(
+            "cannot use model.remat=offload in a pipeline",
+            where=f"mesh {mesh}",
+            why="stages keep what microbatches leave for their way back in buffers on the device",
+            fix="use --model.remat full, or leave `stage` out of the mesh",
+        )
     if config.model.experts.count and mesh.sizes.get("context", 1) > 1:
         raise RulesError(
             f"cannot split rows of `{config.model.name}` along their length",

@@ -68,6 +68,11 @@ from meshwright.train.program import Program, step_spec
 __all__ = ["Plan", "compile_in_child"]
 
 _TIMEOUT_SECONDS = 1800.0
+_WITHOUT_CUDNN = (
+    "cuDNN is not installed here, so attention was compiled as matmuls: memory and time are more "
+    "than on the GPU, where it is one kernel that keeps no scores "
+    "(pip install 'meshwright[cuda]' to plan with it)"
+)
 _EMBEDDING = "embedding"  # whose rows travel to the tokens where that is less
 # Settings that no program depends on: two runs that differ in these alone share a plan. Of the
 # data one counts, and it goes back in: masked documents are two more arrays of a batch.
@@ -269,13 +274,12 @@ class Plan:
         )
 
     def _notes(self) -> tuple[str, ...]:
-        if self.kernel(compiled=True) == self.kernel(compiled=False):
-            return ()
-        return (
-            "cuDNN is not installed here, so attention was compiled as matmuls: memory and time "
-            "are more than on the GPU, where it is one kernel that keeps no scores "
-            "(pip install 'meshwright[cuda]' to plan with it)",
-        )
+        found = []
+        if self.config.model.remat == "offload":
+            found.append("transfers to the host's memory and back are not in the step's time")
+        if self.kernel(compiled=True) != self.kernel(compiled=False):
+            found.append(_WITHOUT_CUDNN)
+        return tuple(found)
 
     def _estimate(self, kernel: str, rates: MeasuredRates, *, margin: float = MARGIN) -> Estimate:
         return estimate(

@@ -98,6 +98,8 @@ def _is_more(one: _Candidate, others: list[_Candidate], limit: int) -> bool:
 
 def _remat(config: TrainConfig) -> list[tuple[TrainConfig, str]]:
     order = ["none", "dots", "save-attention", "full"]
+    if config.model.remat not in order:
+        return []  # offload: there is nothing on the device to let go of
     tighter = order[order.index(config.model.remat) + 1 :]
     return [
         (replace(config, model=replace(config.model, remat=remat)), f"--model.remat {remat}")

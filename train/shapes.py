@@ -282,7 +282,8 @@ def kept_activations(
         length: tokens a row, which materialised scores grow with.
         lanes: what a head is padded to a multiple of where it is the last dim, 128 on TPU.
 
-    ``full`` keeps the input alone, which is what flows through the layer loop; ``save-attention``
+    ``full`` keeps the input alone, which is what flows through the layer loop, and ``offload``
+    does not keep that on the device; ``save-attention``
     besides the output of attention and, of a fused kernel, its softmax. ``dots`` keeps the
     outputs of the projections; that of the last one is read by nobody. ``none`` keeps what jax's
     derivatives read: of a norm its input widened to float32 and the normed values before the
@@ -294,7 +295,7 @@ def kept_activations(
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     hidden = 2 if config.activation == "swiglu" else 1
     stream = ("sequence", "embed")
-    if config.remat == "full":
+    if config.remat in ("full", "offload"):
         return ()
     if config.remat == "save-attention":
         softmax = Kept("softmax", ("heads",), config.heads, 4)
