@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_train_ring import (
     HEADS,
@@ -35,6 +35,7 @@ from meshwright.train.context_attention import (
     exchanged_attention,
     gathered_attention,
 )
+from meshwright.train.ring import ring_attention
 
 F32 = 4
 exchanged = functools.partial(exchanged_attention, attend=dense)
@@ -169,3 +170,31 @@ def test_functions_refuse_what_the_checks_refuse() -> None:
     for attention in (exchanged, gathered_attention):
         with pytest.raises(PlacementError, match="cannot deal rows of 30 tokens to 2 devices"):
             called(attention, Case(2, local=15))
+
+
+def test_a_ring_holds_an_eighth_of_the_keys_that_gather_holds() -> None:
+    """Rows of 131,072 tokens on 8 devices: what a compiled forward pass needs besides its operands.
+
+    Both hold what a device computes with; gather besides the keys of seven others.
+    """
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
+    tokens, heads, width = 131_072, 2, 8
+    split = NamedSharding(mesh, P(None, "context"))
+    shape = jax.ShapeDtypeStruct((1, tokens, heads, width), jnp.float32, sharding=split)
+    how = {"axis": "context", "parts": 8, "layout": "zigzag", "causal": True, "scale": 1.0}
+
+    def needed(attention: Callable[..., Array]) -> int:
+        attend = jax.shard_map(
+            lambda q, k, v: attention(q, k, v, None, chunk=128, **how),
+            mesh=mesh,
+            in_specs=split.spec,
+            out_specs=split.spec,
+            check_vma=False,
+        )
+        program = jax.jit(attend).lower(shape, shape, shape).compile()
+        found: Any = program.memory_analysis()
+        return found.temp_size_in_bytes
+
+    whole = 2 * tokens * heads * width * F32
+    assert needed(gathered_attention) - needed(ring_attention) > whole * 7 / 8
+    assert needed(ring_attention) < whole
