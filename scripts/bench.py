@@ -17,6 +17,10 @@ __all__ = ["BENCHMARKS", "main"]
 
 BENCHMARKS = {
     "parity": ("bench", "losses and gradients on every mesh against those of one device"),
+    "compositions": (
+        "bench_compositions",
+        "the same for every composition of parallelisms, as a table",
+    ),
     "overhead": ("bench", "time of the step against the same mathematics written by hand"),
     "launch": ("bench", "seconds from the command to the first finished step, cold and warm"),
     "lowering": ("bench", "time to trace and lower the step against the number of layers"),

@@ -139,9 +139,17 @@ def test_mixtures_on_one_axis_and_dealt_beside_another(composition: Composition)
 
 @pytest.mark.every_composition
 @pytest.mark.parametrize(
-    "composition", [one for n in (2, 3) for one in mixtures(n) if one not in BESIDE], ids=str
+    "composition", [*(one for one in mixtures(2) if one not in BESIDE), *dealt(3)], ids=str
 )
 def test_mixtures_on_more_axes(composition: Composition) -> None:
+    check(composition, experts())
+
+
+@pytest.mark.every_composition
+@pytest.mark.parametrize(
+    "composition", [one for one in mixtures(3) if "expert" not in one.ways], ids=str
+)
+def test_undealt_mixtures_on_three_axes(composition: Composition) -> None:
     check(composition, experts())
 
 

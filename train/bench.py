@@ -30,7 +30,7 @@ from meshwright.train.handwritten import handwritten_step
 from meshwright.train.parity import Case, all_cases, compare, program_of, run_case
 from meshwright.train.program import Program
 
-__all__ = ["launch", "lowering", "overhead", "parity", "pauses"]
+__all__ = ["launch", "lowering", "overhead", "parity", "pauses", "text_batches"]
 
 _PAIRS = 40
 _PARITY_STEPS = 20
@@ -46,7 +46,7 @@ def parity(config: TrainConfig) -> int:
     """
     Topology("cpu", (8,)).devices()
     config = replace(config, dtype=config.dtype or "float32", topology="cpu:8")
-    batches = list(_text_batches(config, _PARITY_STEPS))
+    batches = list(text_batches(config, _PARITY_STEPS))
     one = run_case(config, Case("data=1"), batches)
     worst = {"gradient": 0.0, "loss": 0.0}
     cases = [case for case in all_cases() if case != Case("data=1")]
@@ -95,7 +95,7 @@ def overhead(config: TrainConfig) -> int:
     Topology("cpu", (8,)).devices()
     config = replace(config, mesh="data=2,fsdp=2,tensor=2", dtype="float32", grad_accum=1)
     program = program_of(config)
-    (batch,) = _text_batches(config, 1)
+    (batch,) = text_batches(config, 1)
     ours, by_hand = _two_steps(program, batch)
     seconds: dict[str, list[float]] = {"ours": [], "by_hand": []}
     losses = {}
@@ -208,7 +208,8 @@ def _collectives(text: str) -> dict[str, int]:
     return {kind: count for kind, count in found.items() if count}
 
 
-def _text_batches(config: TrainConfig, count: int) -> Iterator[dict[str, np.ndarray]]:
+def text_batches(config: TrainConfig, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """The first batches of a run's text, on the host."""
     from meshwright.train.batches import Batches
     from meshwright.train.corpus import open_corpus
 
