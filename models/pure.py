@@ -74,10 +74,14 @@ class Functional:
         return {**params, _LAYERS: jax.tree.map(one, params[_LAYERS])}
 
     @property
+    def layers(self) -> range:
+        """Numbers of the stacked layers."""
+        return range(self.config.layers - self.config.experts.first_dense)
+
+    @property
     def live(self) -> np.ndarray:
         """Which places of the stacked layers hold one, bool [places]."""
-        count = self.config.layers - self.config.experts.first_dense
-        return np.array([layer is not None for layer in self.places or range(count)])
+        return np.array([layer is not None for layer in self.places or self.layers])
 
     def in_order(self, params: dict[str, Any]) -> dict[str, Any]:
         """Undo `placed`."""

@@ -30,6 +30,7 @@ from meshwright.train.parallelism import (
     choose_places,
 )
 from meshwright.train.program import Program, step_spec
+from meshwright.train.relayout import Reordering
 from meshwright.train.state import TrainState
 from meshwright.train.step import StepSpec, apply_gradients, gradients
 
@@ -168,11 +169,15 @@ def run_case(
         config: the run; the case's fields replace its own.
         case: mesh and the rest.
         batches: host batches, one a step.
-        start: a state on the host to start from, which saves compiling the init program; by
-            default the case builds its own on its mesh.
+        start: a state on the host to start from, with layers in order, which saves compiling the
+            init program; by default the case builds its own on its mesh.
     """
     program = program_of(case.of(config))
-    state = program.init() if start is None else jax.device_put(start, program.shardings)
+    if start is None:
+        state = program.init()
+    else:
+        stored = Reordering((), program.spec.model.places, len(program.spec.model.layers))
+        state = jax.device_put(stored.on_host(start), program.shardings)
     in_order = program.spec.model.in_order
     initial, first, all_scalars = jax.device_get(state), None, []
     initial = replace(initial, params=jax.device_get(in_order(initial.params)))

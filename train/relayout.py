@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.train.weights import LAYERS
@@ -58,15 +59,32 @@ class Reordering:
 
         return jax.tree_util.tree_map_with_path(one, abstract)
 
-    def to_run(self, abstract: Any) -> Callable[[Any], Any]:
-        """A function from a state as it was saved to one laid out as ``abstract``."""
-        where = [-1 if x is None else self._saved.index(x) for x in self._wanted]
-        live, index = jnp.array([at >= 0 for at in where]), jnp.array(where)
+    def on_host(self, state: Any) -> Any:
+        """A state of numpy arrays, reordered."""
+        if not self.needed:
+            return state
+        where, live = self._where()
 
         def one(path: Any, leaf: Any) -> Any:
             if not _is_stacked(path, leaf):
                 return leaf
-            found = jnp.take(leaf, index, axis=0, mode="clip")
+            return np.where(live.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[where], 0)
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def _where(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each place wanted, the place saved, and whether it holds a layer."""
+        found = [-1 if x is None else self._saved.index(x) for x in self._wanted]
+        return np.array(found), np.array(found) >= 0
+
+    def to_run(self, abstract: Any) -> Callable[[Any], Any]:
+        """A function from a state as it was saved to one laid out as ``abstract``."""
+        where, live = self._where()
+
+        def one(path: Any, leaf: Any) -> Any:
+            if not _is_stacked(path, leaf):
+                return leaf
+            found = jnp.take(leaf, where, axis=0, mode="clip")
             return jnp.where(live.reshape(-1, *[1] * (leaf.ndim - 1)), found, 0)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -190,7 +190,7 @@ def _begin(config: TrainConfig, program: Program, checkpoints: Any) -> _Start:
     model = program.spec.model
 
     def reordering(extra: dict[str, Any]) -> Reordering:
-        return Reordering(extra.get("places", ()), model.places, int(model.live.sum()))
+        return Reordering(extra.get("places", ()), model.places, len(model.layers))
 
     restored = checkpoints.restore(shapes, reordering)
     if "data" not in restored.extra:
