@@ -30,7 +30,16 @@ from meshwright.train.handwritten import handwritten_step
 from meshwright.train.parity import Case, all_cases, compare, program_of, run_case
 from meshwright.train.program import Program
 
-__all__ = ["launch", "lowering", "overhead", "parity", "pauses", "text_batches"]
+__all__ = [
+    "finish",
+    "launch",
+    "lowering",
+    "overhead",
+    "parity",
+    "pauses",
+    "say",
+    "text_batches",
+]
 
 _PAIRS = 40
 _PARITY_STEPS = 20
@@ -62,7 +71,7 @@ def parity(config: TrainConfig) -> int:
         equal += start is None and found.initial_equal
         worst["gradient"] = max(worst["gradient"], found.gradient)
         worst["loss"] = max(worst["loss"], found.loss)
-        _say(
+        say(
             f"{case!s:<42} gradient {found.gradient:.1e}  loss {found.loss:.1e}  "
             + ("" if start else f"initial values {'equal' if found.initial_equal else 'DIFFER'}")
         )
@@ -74,12 +83,12 @@ def parity(config: TrainConfig) -> int:
             found = compare(one, run_case(config, case, shuffled, one.initial))
             reordered["gradient"] = max(reordered["gradient"], found.gradient)
             reordered["loss"] = max(reordered["loss"], found.loss)
-    _say(f"worst of {len(cases)} cases: gradient {worst['gradient']:.1e}, loss {worst['loss']:.1e}")
-    _say(
+    say(f"worst of {len(cases)} cases: gradient {worst['gradient']:.1e}, loss {worst['loss']:.1e}")
+    say(
         f"one device, rows reordered: gradient {reordered['gradient']:.1e}, "
         f"loss {reordered['loss']:.1e}"
     )
-    return _finish(
+    return finish(
         dtype=config.dtype,
         cases=len(cases),
         steps=_PARITY_STEPS,
@@ -109,9 +118,9 @@ def overhead(config: TrainConfig) -> int:
     found = {name: statistics.median(values) for name, values in warm.items()}
     counts = {"ours": ours.collectives, "by_hand": by_hand.collectives}
     for name in ("ours", "by_hand"):
-        _say(f"{name:<8} {found[name]:.4f} s a step, collectives {counts[name]}")
-    _say(f"ratio of paired steps, median of {len(warm['ours'])}: {ratio:.3f}")
-    return _finish(ratio=ratio, seconds=found, collectives=counts, losses=losses)
+        say(f"{name:<8} {found[name]:.4f} s a step, collectives {counts[name]}")
+    say(f"ratio of paired steps, median of {len(warm['ours'])}: {ratio:.3f}")
+    return finish(ratio=ratio, seconds=found, collectives=counts, losses=losses)
 
 
 def launch(config: TrainConfig) -> int:
@@ -126,11 +135,11 @@ def launch(config: TrainConfig) -> int:
                 "first_step_seconds": report["first_step_seconds"],
                 "whole_command_seconds": time.perf_counter() - began,
             }
-            _say(
+            say(
                 f"{name:<10} first step after {report['first_step_seconds']:.1f} s, "
                 f"command done after {found[name]['whole_command_seconds']:.1f} s"
             )
-    return _finish(**{name.replace(" ", "_"): values for name, values in found.items()})
+    return finish(**{name.replace(" ", "_"): values for name, values in found.items()})
 
 
 def lowering(config: TrainConfig) -> int:
@@ -146,8 +155,8 @@ def lowering(config: TrainConfig) -> int:
             program.lower_step()
             found[layers].append(time.perf_counter() - began)
     few, many = (statistics.median(values[1:]) for values in found.values())
-    _say(f"4 layers {few:.2f} s, 64 layers {many:.2f} s, ratio {many / few:.2f}")
-    return _finish(seconds_4_layers=few, seconds_64_layers=many, ratio=many / few)
+    say(f"4 layers {few:.2f} s, 64 layers {many:.2f} s, ratio {many / few:.2f}")
+    return finish(seconds_4_layers=few, seconds_64_layers=many, ratio=many / few)
 
 
 def pauses(config: TrainConfig) -> int:
@@ -158,9 +167,9 @@ def pauses(config: TrainConfig) -> int:
     step = report["step_seconds"]
     waited = report["data_wait_seconds"] / (step * (report["steps"] - 1))
     blocked = report["save_block_seconds"] / step
-    _say(f"step {step:.3f} s; waiting for data {waited:.2%} of it")
-    _say(f"longest stop for a checkpoint {report['save_block_seconds']:.3f} s: {blocked:.2f} steps")
-    return _finish(step_seconds=step, data_wait_share=waited, save_block_steps=blocked)
+    say(f"step {step:.3f} s; waiting for data {waited:.2%} of it")
+    say(f"longest stop for a checkpoint {report['save_block_seconds']:.3f} s: {blocked:.2f} steps")
+    return finish(step_seconds=step, data_wait_share=waited, save_block_steps=blocked)
 
 
 class _Timed:
@@ -238,12 +247,14 @@ def _run_train(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _finish(**numbers: Any) -> int:
+def finish(**numbers: Any) -> int:
+    """Write a benchmark's numbers to stdout, as JSON; returns the exit code, 0."""
     document = {**numbers, "cores": os.cpu_count(), "jax": jax.__version__}
     sys.stdout.write(json.dumps(document) + "\n")
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write a line to stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -9,13 +9,11 @@ refused is listed with its reason. Models with experts are dealt over the expert
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 
 from meshwright.sharding.errors import MeshwrightError
 from meshwright.sharding.topology import Topology
-from meshwright.train.bench import text_batches
+from meshwright.train.bench import finish, say, text_batches
 from meshwright.train.compositions import EXPERT_WAYS, WAYS
 from meshwright.train.compositions import compositions as listed
 from meshwright.train.config import TrainConfig
@@ -40,27 +38,21 @@ def compositions(config: TrainConfig) -> int:
             found = compare(one, run_case(config, composition.case, batches))
         except MeshwrightError as error:
             refused += 1
-            _say(f"{composition!s:<34} refused: {error.args[0].splitlines()[0]}")
+            say(f"{composition!s:<34} refused: {error.args[0].splitlines()[0]}")
             continue
         equal += found.initial_equal
         worst["gradient"] = max(worst["gradient"], found.gradient)
         worst["loss"] = max(worst["loss"], found.loss)
-        _say(
+        say(
             f"{composition!s:<34} gradient {found.gradient:.1e}  loss {found.loss:.1e}  "
             f"initial values {'equal' if found.initial_equal else 'DIFFER'}  {composition.case}"
         )
-    summary = {
-        "model": config.model.name,
-        "dtype": config.dtype,
-        "compositions": count,
-        "refused": refused,
-        "equal_initial_values": equal,
-        "steps": _STEPS,
-        "worst": worst,
-    }
-    print(json.dumps(summary))
-    return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return finish(
+        model=config.model.name,
+        dtype=config.dtype,
+        compositions=count,
+        refused=refused,
+        equal_initial_values=equal,
+        steps=_STEPS,
+        worst=worst,
+    )
