@@ -8,6 +8,7 @@ once a configuration and cached, so a call costs a merge and no second initialis
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,26 @@ from meshwright.models.config import ModelConfig
 from meshwright.models.decoder import Decoder
 from meshwright.models.hooks import Hooks
 
-__all__ = ["Functional", "functional"]
+__all__ = ["LAYERS", "Functional", "Places", "functional", "reordered"]
 
-_LAYERS = "layers"
+LAYERS = "layers"
+"""The key of the parameters that are stacked and scanned."""
+
+Places = Sequence[int | None]
+"""The layer that each place of a stack holds; None for an empty one."""
+
+
+def reordered(x: Array, there: Places, wanted: Places) -> Array:
+    """A stack [places, …] of layers in another order; zeros in empty places.
+
+    >>> reordered(jnp.array([5, 6, 7]), (2, 0, 1), (0, 1, None, 2)).tolist()
+    [6, 7, 0, 5]
+    """
+    where = np.array([-1 if layer is None else there.index(layer) for layer in wanted])
+    found = jnp.take(x, where, axis=0, mode="clip")
+    if None not in wanted:
+        return found
+    return jnp.where((where >= 0).reshape(-1, *[1] * (x.ndim - 1)), found, 0)
 
 
 @dataclass(frozen=True)
@@ -63,15 +81,7 @@ class Functional:
 
     def placed(self, params: dict[str, Any]) -> dict[str, Any]:
         """Parameters with all layers in order, as they are stored; zeros in empty places."""
-        if not self.places:
-            return params
-        where = jnp.array([-1 if layer is None else layer for layer in self.places])
-
-        def one(x: Array) -> Array:
-            live = (where >= 0).reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.where(live, jnp.take(x, where, axis=0, mode="clip"), 0)
-
-        return {**params, _LAYERS: jax.tree.map(one, params[_LAYERS])}
+        return self._reordered(params, self.layers, self.places)
 
     @property
     def layers(self) -> range:
@@ -85,12 +95,13 @@ class Functional:
 
     def in_order(self, params: dict[str, Any]) -> dict[str, Any]:
         """Undo `placed`."""
+        return self._reordered(params, self.places, self.layers)
+
+    def _reordered(self, params: dict[str, Any], there: Places, wanted: Places) -> dict[str, Any]:
         if not self.places:
             return params
-        count = sum(layer is not None for layer in self.places)
-        where = jnp.array([self.places.index(layer) for layer in range(count)])
-        layers = jax.tree.map(lambda x: jnp.take(x, where, axis=0), params[_LAYERS])
-        return {**params, _LAYERS: layers}
+        layers = jax.tree.map(lambda x: reordered(x, there, wanted), params[LAYERS])
+        return {**params, LAYERS: layers}
 
     def apply(
         self,

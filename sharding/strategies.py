@@ -175,7 +175,7 @@ def expert(axis: str = "expert") -> Strategy:
     To all that is not an expert it is one more `data` axis: 2ρβ_gΨ of those parameters, of every
     microbatch's gradients. Experts stay where they are, and so do their gradients. Tokens go to
     them and come home, forward and backward: 4ρφkA a layer and microbatch for k experts a token
-    and capacity factor φ, six with full recomputation (Lepikhin et al., GShard, 2020;
+    and capacity factor φ, five where the layer is recomputed (Lepikhin et al., GShard, 2020;
     `meshwright.train.expert_exchange`).
     """
 

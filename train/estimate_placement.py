@@ -22,7 +22,7 @@ from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.schedule import Schedule, layer_slots
 from meshwright.train.config import OptimizerConfig, TrainConfig
-from meshwright.train.parallelism import check_batch, choose_places, choose_schedule
+from meshwright.train.parallelism import check_batch, choose_schedule
 from meshwright.train.shapes import WeightGroup, groups_of, moment_groups
 
 __all__ = ["Axes", "PlacedGroup", "Placement", "place"]
@@ -97,6 +97,7 @@ class Placement:
             (`meshwright.train.embedding`) and the table is not gathered; else empty.
         rows: of a microbatch on a device.
         length: tokens of a row on a device.
+        layers: that a device works on; places for them, where stages have not equally many.
         schedule: of the stages, where the layers are split over some.
         stage: the axes that split them.
     """
@@ -112,18 +113,9 @@ class Placement:
     exchanged: Axes
     rows: int
     length: int
+    layers: int
     schedule: Schedule | None = None
     stage: Axes = ()
-
-    @property
-    def layers(self) -> int:
-        """Layers that a device works on; places for them, where stages have not equally many."""
-        model, schedule = self.config.model, self.schedule
-        if schedule is None:
-            return model.layers
-        first = model.experts.first_dense
-        places = layer_slots(model.layers - first, schedule.stages, schedule.chunks)
-        return len(places) // schedule.stages + first
 
     @property
     def layers_kept(self) -> float:
@@ -172,8 +164,7 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
             `meshwright.train.layout.resolve_layout` says more about the same.
     """
     check_batch(config, rules, mesh)
-    many = config.grad_accum > 1
-    model = config.model
+    many, model = config.grad_accum > 1, config.model
     names = _names(model, rules, many)
     sizes = mesh.sizes
     for dim, size, axes, table in names.checks:
@@ -206,7 +197,7 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
     parts = [math.prod([sizes[axis] for axis in activations[dim]]) for dim in ("batch", "length")]
     deferred = kept(names.deferred) if many else ()
     exchanged = names.columns if names.columns == kept(names.columns) else ()
-    local = config.batch_size // config.grad_accum // parts[0] * (config.seq_len // parts[1])
+    local = rows // parts[0] * (config.seq_len // parts[1])
     if set(exchanged) & set(deferred) or local >= model.vocab_size:
         exchanged = ()  # `Weights.exchange_for`: a table of fewer rows than tokens is gathered
     placement = Placement(
@@ -221,14 +212,17 @@ def place(config: TrainConfig, mesh: MeshSpec, rules: Rules) -> Placement:
         exchanged=exchanged,
         rows=rows // parts[0],
         length=config.seq_len // parts[1],
+        layers=model.layers,
         stage=kept(rules.stage_axes()),
     )
-    return _staged(placement, mesh) if placement.stage else placement
+    return _staged(placement) if placement.stage else placement
 
 
-def _staged(placement: Placement, mesh: MeshSpec) -> Placement:
+def _staged(placement: Placement) -> Placement:
     """With a schedule, and layers as stages store them; no rows of the embedding are exchanged."""
-    config, places = placement.config, len(choose_places(placement.config, mesh))
+    config, first = placement.config, placement.config.model.experts.first_dense
+    schedule = choose_schedule(config.pipeline, placement.parts(placement.stage), config.grad_accum)
+    places = len(layer_slots(config.model.layers - first, schedule.stages, schedule.chunks))
     groups = [p._replace(group=_with_empty(p.group, places)) for p in placement.groups]
     moments = [(_with_empty(group, places), axes) for group, axes in placement.moments]
     return replace(
@@ -236,14 +230,15 @@ def _staged(placement: Placement, mesh: MeshSpec) -> Placement:
         groups=tuple(groups),
         moments=tuple(moments),
         exchanged=(),
-        schedule=choose_schedule(config, placement.parts(placement.stage)),
+        layers=places // schedule.stages + first,
+        schedule=schedule,
     )
 
 
 def _with_empty(group: WeightGroup, places: int) -> WeightGroup:
     """The group as it is stored, with empty places among its layers."""
     layers = dict(group.dims).get("layers")
-    if not places or layers in (None, places):
+    if layers in (None, places):
         return group
     dims = tuple([(dim, places if dim == "layers" else size) for dim, size in group.dims])
     return replace(group, dims=dims, elements=group.elements // layers * places)

@@ -26,11 +26,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from meshwright.models.pure import LAYERS
 from meshwright.sharding.decisions import axes_of
 from meshwright.sharding.expert_layout import dropless_way
 from meshwright.train.expert_exchange import EXPERTS, ExpertExchange
 from meshwright.train.replicas import Held, Replicas
-from meshwright.train.weights import LAYERS, Weights, scope_of
+from meshwright.train.weights import Weights, scope_of
 
 __all__ = ["ExpertParallel"]
 

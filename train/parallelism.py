@@ -183,15 +183,14 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
             )
 
 
-def choose_schedule(config: TrainConfig, stages: int) -> Schedule:
+def choose_schedule(how: PipelineConfig, stages: int, microbatches: int) -> Schedule:
     """The schedule of a run over so many stages.
 
     Raises:
         PlacementError: microbatches that the stages cannot be filled with.
     """
-    kind = config.pipeline.schedule
-    chunks = config.pipeline.chunks if kind == "interleaved" else 1
-    return Schedule(kind, stages, config.grad_accum, chunks)
+    chunks = how.chunks if how.schedule == "interleaved" else 1
+    return Schedule(how.schedule, stages, microbatches, chunks)
 
 
 def choose_places(config: TrainConfig, mesh: MeshSpec) -> tuple[int | None, ...]:
@@ -203,7 +202,7 @@ def choose_places(config: TrainConfig, mesh: MeshSpec) -> tuple[int | None, ...]
     stages = mesh.sizes.get("stage", 1)
     if stages == 1:
         return ()
-    chunks = choose_schedule(config, stages).chunks
+    chunks = choose_schedule(config.pipeline, stages, config.grad_accum).chunks
     layers = config.model.layers - config.model.experts.first_dense
     places = layer_slots(layers, stages, chunks)
     return () if places == tuple(range(layers)) else places

@@ -177,7 +177,7 @@ def run_case(
         state = program.init()
     else:
         stored = Reordering((), program.spec.model.places, len(program.spec.model.layers))
-        state = jax.device_put(stored.on_host(start), program.shardings)
+        state = jax.device_put(stored.reordered(start), program.shardings)
     in_order = program.spec.model.in_order
     initial, first, all_scalars = jax.device_get(state), None, []
     initial = replace(initial, params=jax.device_get(in_order(initial.params)))

@@ -34,12 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meshwright.models.pure import LAYERS
 from meshwright.sharding.schedule import Schedule, Units
 from meshwright.train.replicas import Batch, Replicas
 from meshwright.train.stages import StageModel, floats_of, joined
 from meshwright.train.stagewise import Stagewise
 from meshwright.train.traced import Halves, Picked
-from meshwright.train.weights import LAYERS
 
 __all__ = ["Pipeline"]
 
@@ -135,8 +135,8 @@ class _Run:
         some = jax.ShapeDtypeStruct(shape, stream.dtype)
         self.body_reads = Picked.of(self._body, params, floats, data)
         self.head_reads = Picked.of(self.model.head, params, some, part)
-        of_list = self.body_reads.taking_a_list(self._body)
-        self.body = Halves(of_list, self.body_reads.pick(params), floats, data)
+        self.body_of_list = self.body_reads.taking_a_list(self._body)
+        self.body = Halves(self.body_of_list, self.body_reads.pick(params), floats, data)
 
     def _inside_maps(self, call: Callable[[], None]) -> None:
         """Call where the maps' axes are known: what jax leaves for a backward pass avoids them."""
@@ -229,15 +229,13 @@ class _Run:
     def plain_sum(self) -> jax.Array:
         """The loss alone, forward only."""
         start = jax.tree.map(functools.partial(self._zeros, self.schedule.stages), self.carry)
-        reads = self.body_reads
 
         def tick(state: Any, now: _Tick) -> tuple[Any, None]:
             x, plain = state
 
             def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
-                (floats, _), others = self._body(
-                    reads.whole(chunk), floats, (others, rows, first, live)
-                )
+                data = (others, rows, first, live)
+                (floats, _), others = self.body_of_list(chunk, floats, data)
                 return floats, others
 
             floats, others = self._mapped(one, self._chunk(now), now["first"], now.get("live"))(
@@ -352,7 +350,7 @@ class _Run:
                 found.append(total + grad)
             else:
                 found.append(self.on_stage.add(total, grad, now["chunk"], lead))
-        return self.weights.accumulated_by_stage(reads.put(sums, found))
+        return self.weights.accumulated(reads.put(sums, found), by_chunk=True)
 
     def _mapped(
         self, one: Callable[..., Any], chunk: list[Any], first: Any, live: Any, **how: Any

@@ -331,7 +331,7 @@ class Plan:
         config, stages = self.config, self.mesh.sizes.get("stage", 1)
         if stages == 1:
             return config.grad_accum * (2 * config.model.layers if stacked else 1)
-        schedule = choose_schedule(config, stages)
+        schedule = choose_schedule(config.pipeline, stages, config.grad_accum)
         places = len(self.model.live) // stages // schedule.chunks
         # Body in both directions, and head, at every tick.
         return schedule.forward_ticks * (2 * places if stacked else 3)

@@ -9,20 +9,15 @@ alternative, saving always in order, would move the whole state between devices 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from meshwright.train.weights import LAYERS
+from meshwright.models.pure import LAYERS, Places, reordered
 
 __all__ = ["Reordering"]
-
-_Places = Sequence[int | None]
-"""The layer that each place of a stack holds; None for an empty one."""
 
 
 class Reordering:
@@ -33,7 +28,7 @@ class Reordering:
         layers: of the model's stack.
     """
 
-    def __init__(self, saved: _Places, wanted: _Places, layers: int) -> None:
+    def __init__(self, saved: Places, wanted: Places, layers: int) -> None:
         order = list(range(layers))
         self._saved, self._wanted = list(saved) or order, list(wanted) or order
 
@@ -59,39 +54,19 @@ class Reordering:
 
         return jax.tree_util.tree_map_with_path(one, abstract)
 
-    def on_host(self, state: Any) -> Any:
-        """A state of numpy arrays, reordered."""
-        if not self.needed:
-            return state
-        where, live = self._where()
+    def reordered(self, state: Any) -> Any:
+        """A state as it was saved, as the run stores it."""
 
         def one(path: Any, leaf: Any) -> Any:
-            if not _is_stacked(path, leaf):
-                return leaf
-            return np.where(live.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[where], 0)
+            stacked = self.needed and _is_stacked(path, leaf)
+            return reordered(leaf, self._saved, self._wanted) if stacked else leaf
 
         return jax.tree_util.tree_map_with_path(one, state)
 
-    def _where(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each place wanted, the place saved, and whether it holds a layer."""
-        found = [-1 if x is None else self._saved.index(x) for x in self._wanted]
-        return np.array(found), np.array(found) >= 0
-
     def to_run(self, abstract: Any) -> Callable[[Any], Any]:
-        """A function from a state as it was saved to one laid out as ``abstract``."""
-        where, live = self._where()
-
-        def one(path: Any, leaf: Any) -> Any:
-            if not _is_stacked(path, leaf):
-                return leaf
-            found = jnp.take(leaf, where, axis=0, mode="clip")
-            return jnp.where(live.reshape(-1, *[1] * (leaf.ndim - 1)), found, 0)
-
+        """`reordered` as a program, whose results are laid out as ``abstract``."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return jax.jit(
-            lambda state: jax.tree_util.tree_map_with_path(one, state),
-            out_shardings=shardings,
-        )
+        return jax.jit(self.reordered, out_shardings=shardings)
 
 
 def _is_stacked(path: Any, leaf: Any) -> bool:

@@ -21,7 +21,7 @@ from meshwright.models.experts import expert_loss, load_of
 from meshwright.models.hooks import Hooks, keep_scored
 from meshwright.models.pure import Functional
 from meshwright.train.replicas import Batch
-from meshwright.train.weights import LAYERS, Weights
+from meshwright.train.weights import Weights
 
 __all__ = ["StageModel", "floats_of", "joined"]
 
@@ -136,9 +136,8 @@ class StageModel:
         return self._apply(params, rows, hooks)
 
     def _apply(self, params: Any, rows: Batch, hooks: Hooks) -> Any:
-        layers = params[LAYERS]
         return self.model.apply(
-            {**self.weights.use_all_but_layers(params), LAYERS: layers},
+            self.weights.use_all_but_layers(params),
             rows["tokens"],
             positions=rows.get("positions"),
             segments=rows.get("segments"),

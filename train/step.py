@@ -33,12 +33,12 @@ from meshwright.models.experts import ExpertSums, expert_loss, load_imbalance, l
 from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
 from meshwright.sharding.placement import Constrain
-from meshwright.sharding.schedule import Schedule
 from meshwright.train.attention import attention_of
 from meshwright.train.config import ContextConfig, GuardConfig, LossConfig, PipelineConfig
 from meshwright.train.expert_parallel import ExpertParallel
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
+from meshwright.train.parallelism import choose_schedule
 from meshwright.train.pipeline import Pipeline
 from meshwright.train.replicas import Batch, Replicas
 from meshwright.train.stages import StageModel
@@ -323,9 +323,8 @@ def _pipeline(
     spec: StepSpec, replicas: Replicas, weights: Weights, constrain: Constrain, batch: Batch
 ) -> Pipeline:
     """The pipeline of a mesh whose stages the layers are split over."""
-    stages, how = replicas.size(replicas.stage), spec.pipeline
-    chunks = how.chunks if how.schedule == "interleaved" else 1
-    schedule = Schedule(how.schedule, stages, batch["tokens"].shape[0], chunks)
+    stages = replicas.size(replicas.stage)
+    schedule = choose_schedule(spec.pipeline, stages, batch["tokens"].shape[0])
     model = StageModel(
         spec.model, weights, lambda rows: _hooks(spec, replicas, weights, constrain, rows)
     )

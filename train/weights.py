@@ -35,15 +35,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshwright.models.config import Remat
 from meshwright.models.hooks import scan_layers
+from meshwright.models.pure import LAYERS
 from meshwright.sharding.decisions import axes_of, entry_of
 from meshwright.train.embedding import Exchange
 from meshwright.train.layout import Layout
 from meshwright.train.torus import Torus
 
-__all__ = ["LAYERS", "Reductions", "Weights", "scope_of"]
-
-LAYERS = "layers"
-"""The key of the parameters that are stacked and scanned."""
+__all__ = ["Reductions", "Weights", "scope_of"]
 
 
 @dataclass(frozen=True)
@@ -177,23 +175,18 @@ class Weights:
 
         return self.accumulated(jax.tree_util.tree_map_with_path(one, params))
 
-    def accumulated(self, grads: Any) -> Any:
-        """Hold accumulators to their layout inside the loop."""
+    def accumulated(self, grads: Any, *, by_chunk: bool = False) -> Any:
+        """Hold accumulators to their layout inside the loop.
+
+        Args:
+            grads: accumulators.
+            by_chunk: whether layers are [lead, stages, chunks, layers of a chunk, …].
+        """
 
         def one(path: Any, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+            if by_chunk and _is_layered(path):
+                spec = PartitionSpec(self.reductions.stage, None, None, *spec[1:])
             return self._put(grad, self._accumulator(path, spec))
-
-        return jax.tree_util.tree_map_with_path(one, grads, self.reduced_specs)
-
-    def accumulated_by_stage(self, grads: Any) -> Any:
-        """As `accumulated`, where layers are [lead, stages, chunks, layers of a chunk, …]."""
-
-        def one(path: Any, grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-            if _is_layered(path):
-                spec = PartitionSpec(*self.lead, self.reductions.stage, None, None, *spec[1:])
-            else:
-                spec = self._accumulator(path, spec)
-            return self._put(grad, spec)
 
         return jax.tree_util.tree_map_with_path(one, grads, self.reduced_specs)
 
