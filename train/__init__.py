@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from meshwright.train.layout import Layout as Layout
     from meshwright.train.layout import resolve_layout as resolve_layout
     from meshwright.train.loss import token_loss_sum as token_loss_sum
-    from meshwright.train.plan import Plan as Plan
     from meshwright.train.program import Program as Program
     from meshwright.train.replicas import Batch as Batch
     from meshwright.train.run import run_training as run_training
+    from meshwright.train.run_plan import RunPlan as RunPlan
     from meshwright.train.state import TrainState as TrainState
     from meshwright.train.step import StepSpec as StepSpec
     from meshwright.train.step import train_step as train_step
@@ -27,8 +27,8 @@ __all__ = [
     "Batch",
     "Estimate",
     "Layout",
-    "Plan",
     "Program",
+    "RunPlan",
     "StepSpec",
     "TrainConfig",
     "TrainState",
@@ -43,7 +43,7 @@ _MODULE_OF = {
     "Batch": "replicas",
     "Estimate": "estimate",
     "Layout": "layout",
-    "Plan": "plan",
+    "RunPlan": "run_plan",
     "Program": "program",
     "StepSpec": "step",
     "TrainConfig": "config",

@@ -1,9 +1,9 @@
 """Parallel training of Flax models on JAX: declare, resolve, train.
 
 ``meshwright.sharding`` is the toolkit, ``meshwright.models`` the decoders, ``meshwright.train``
-the loop. Each is imported on first use, and none of them imports jax before it has to. `Plan` and
-`analyze` say what a step will hold, move and take on hardware that is not here: a training run's
-own, and anybody's.
+the loop. Each is imported on first use, and none of them imports jax before it has to. `RunPlan`
+and `analyze` say what a step will hold, move and take on hardware that is not here: a training
+run's own, and anybody's.
 
 >>> import meshwright
 >>> meshwright.sharding.ConfigError.__name__
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from meshwright import sharding as sharding
     from meshwright import train as train
     from meshwright.sharding.analysis import analyze as analyze
-    from meshwright.train.plan import Plan as Plan
+    from meshwright.train.run_plan import RunPlan as RunPlan
 
     __version__: str
 
-__all__ = ["Plan", "__version__", "analyze", "models", "sharding", "train"]
+__all__ = ["RunPlan", "__version__", "analyze", "models", "sharding", "train"]
 
-_MODULE_OF = {"Plan": "train.plan", "analyze": "sharding.analysis"}
+_MODULE_OF = {"RunPlan": "train.run_plan", "analyze": "sharding.analysis"}
 
 
 def __getattr__(name: str) -> object:
