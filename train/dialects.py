@@ -26,20 +26,24 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from meshwright.sharding.dims import Leaf, describe, format_path
-from meshwright.sharding.errors import ConfigError
+from meshwright.sharding.errors import ConfigError, DimsError, did_you_mean
 from meshwright.sharding.placer import is_array, unannotated
 
 __all__ = ["Dialect", "Trainable", "dialect_of"]
+
+_NUMBERS = (bool, int, float, complex)
 
 Trainable = Callable[[str], bool] | Sequence[str] | type | Any
 """Which leaves are trained: a function of the path, path patterns, or an nnx filter."""
@@ -56,7 +60,7 @@ class Dialect:
         shapes: (params, rest) as ShapeDtypeStructs.
         leaves: of ``params`` and then of ``rest``, described with their own names.
         build: (params, rest) → what the loss takes.
-        after: (what the loss took, what it returned as changed, rest) → rest.
+        after: (what the loss took, what it returned as changed, params, rest) → rest.
         evaluated: what the loss takes, in evaluation mode.
     """
 
@@ -66,7 +70,7 @@ class Dialect:
     shapes: tuple[Any, Any]
     leaves: tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
     build: Callable[[Any, Any], Any]
-    after: Callable[[Any, Any, Any], Any]
+    after: Callable[[Any, Any, Any, Any], Any]
     evaluated: Callable[[Any], Any]
 
 
@@ -76,7 +80,7 @@ def dialect_of(model: Any, inputs: Sequence[Any] | None, trainable: Trainable = 
     Args:
         model: an nnx module or its class, a linen module, a tree of arrays, or a function of a key
             (or of ``rngs``, or of nothing) that returns one of these or linen's variables.
-        inputs: arguments of a linen module's call, as ShapeDtypeStructs.
+        inputs: arguments of a linen module's call, arrays as ShapeDtypeStructs.
         trainable: which leaves are trained; None for what the dialect says.
 
     Raises:
@@ -163,9 +167,11 @@ def _linen_init(model: Any, inputs: Sequence[Any] | None) -> Callable[[Any], Any
             "model=lambda key: module.init(key, x)",
         )
 
+    def zeros(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
+
     def make(key: Any) -> Any:
-        arguments = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one) for one in inputs]
-        return model.init(key, *arguments)
+        return model.init(key, *[jax.tree.map(zeros, one) for one in inputs])
 
     return make
 
@@ -174,8 +180,10 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
     """The dialect of an nnx module: its own values, or those of a trace of ``make``."""
     import flax.nnx as nnx
 
-    wanted = _nnx_filter(trainable, nnx)
-    graph, params, rest = nnx.split(module, wanted, ...)
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module))]
+    wanted = _nnx_filter(trainable, paths, nnx)
+    # Numbers that variables hold are arrays of the state; names and functions stay as they are.
+    graph, params, rest, others = nnx.split(module, wanted, _is_numeric, ...)
     if not jax.tree.leaves(params):
         raise ConfigError(
             f"nothing of `{type(module).__name__}` is trained",
@@ -186,10 +194,11 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
     def parts(key: Any) -> tuple[Any, Any]:
         assert make is not None
         with unannotated():
-            _, *both = nnx.split(make(key), wanted, ...)
-        return both[0], both[1]
+            _, params, rest, _ = nnx.split(make(key), wanted, _is_numeric, ...)
+        return params, rest
 
-    def after(module: Any, _: Any, rest: Any) -> Any:
+    def after(module: Any, changed: Any, params: Any, rest: Any) -> Any:
+        del changed, params
         # Variables that a loss adds (sown ones, caches) are not the state's.
         flat = dict(nnx.to_flat_state(nnx.state(module)))
         kept = [jax.tree.leaves(flat[path]) for path, _ in nnx.to_flat_state(rest)]
@@ -206,28 +215,41 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
         _shapes((params, rest)),
         (describe(params), describe(rest)),
         # Copied: variables of an outer trace could not be changed by the loss.
-        lambda params, rest: nnx.merge(graph, params, rest, copy=True),
+        lambda params, rest: nnx.merge(graph, params, rest, others, copy=True),
         after,
         evaluated,
     )
 
 
-def _nnx_filter(trainable: Trainable, nnx: Any) -> Any:
+def _is_numeric(_: Any, variable: Any) -> bool:
+    return all(is_array(leaf) or isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves(variable))
+
+
+def _nnx_filter(trainable: Trainable, paths: Sequence[str], nnx: Any) -> Any:
     def is_float(_: Any, variable: Any) -> bool:
         return all(_is_float(leaf) for leaf in jax.tree.leaves(variable))
 
     if trainable is None:
         return nnx.All(nnx.Param, is_float)
     if isinstance(trainable, str | list | tuple) and all(isinstance(one, str) for one in trainable):
-        chosen = _by_path(trainable)
+        chosen = _by_path(trainable, paths)
         return nnx.All(lambda path, _: chosen("/".join(map(str, path))), is_float)
     return nnx.All(trainable, is_float)
 
 
-def _by_path(trainable: Trainable) -> Callable[[str], bool]:
+def _by_path(trainable: Trainable, paths: Sequence[str]) -> Callable[[str], bool]:
+    """Path patterns, each of which must match something, or a function of the path."""
     if callable(trainable):
         return lambda path: bool(trainable(path))
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(
+                f"the pattern `{pattern}` of `trainable` matches nothing",
+                where=f"{len(paths)} leaves",
+                why="what it means to train would stay as it is",
+                fix=did_you_mean(pattern, paths),
+            )
     return lambda path: any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
@@ -236,52 +258,99 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
     boxed, tree = tree, _unboxed(tree)
     if _is_variables(tree) and trainable is None:
         return _of_variables(boxed, make)
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    chosen = _by_path(trainable) if trainable is not None else lambda _: True
-    trained = [_is_float(leaf) and chosen(format_path(path)) for path, leaf in paths]
-    others = [None if is_array(leaf) else leaf for _, leaf in paths]
+    first, structure = jax.tree.flatten(tree)
+    named = _described(boxed)
+    paths = [leaf.path for leaf in named]
+    chosen = _by_path(trainable, paths) if trainable is not None else lambda _: True
+    trained = [_is_float(leaf) and chosen(path) for path, leaf in zip(paths, first, strict=True)]
+    kept = [is_array(leaf) and not yes for leaf, yes in zip(first, trained, strict=True)]
     if not any(trained):
         raise ConfigError(
             f"nothing of the {type(tree).__name__} is trained",
             why="it has no floating-point array that `trainable` names",
             fix="pass a model with parameters, or path patterns that match them",
         )
+    parted = _parting(structure, paths, (trained, kept))
 
     def parts(tree: Any) -> tuple[Any, Any]:
         leaves = jax.tree.leaves(_unboxed(tree))
-        params = [leaf if yes else None for leaf, yes in zip(leaves, trained, strict=True)]
-        rest = [
-            leaf if is_array(leaf) and not yes else None
-            for leaf, yes in zip(leaves, trained, strict=True)
-        ]
-        return jax.tree.unflatten(structure, params), jax.tree.unflatten(structure, rest)
+        return parted(leaves, trained), parted(leaves, kept)
 
     def build(params: Any, rest: Any) -> Any:
         one, two = iter(jax.tree.leaves(params)), iter(jax.tree.leaves(rest))
         leaves = [
-            next(one) if yes else next(two) if other is None else other
-            for yes, other in zip(trained, others, strict=True)
+            next(one) if yes else next(two) if other else leaf
+            for yes, other, leaf in zip(trained, kept, first, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
 
-    def after(model: Any, changed: Any, rest: Any) -> Any:
-        return rest if changed is None else parts(_changed(model, changed))[1]
+    def after(model: Any, changed: Any, params: Any, rest: Any) -> Any:
+        del model  # it may be used up, as the states of equinox are
+        if changed is None:
+            return rest
+        before = jax.tree.leaves(build(params, rest))
+        new = _changed(structure, paths, before, changed)
+        for path, old, now, yes in zip(paths, before, new, kept, strict=True):
+            if not yes and now is not old and is_array(now):
+                _refuse_changed(path, is_trained=is_array(old))
+        return parted(new, kept)
 
-    named = describe(_arrays_of(boxed))
-    flags = [yes for yes, (_, leaf) in zip(trained, paths, strict=True) if is_array(leaf)]
     return Dialect(
         "tree",
         (lambda key: parts(make(key))) if make else None,
         None if make or not _concrete(tree) else parts(tree),
         _shapes(parts(tree)),
         (
-            tuple(leaf for leaf, yes in zip(named, flags, strict=True) if yes),
-            tuple(leaf for leaf, yes in zip(named, flags, strict=True) if not yes),
+            tuple(leaf for leaf, yes in zip(named, trained, strict=True) if yes),
+            tuple(leaf for leaf, yes in zip(named, kept, strict=True) if yes),
         ),
         build,
         after,
         lambda model: model,
     )
+
+
+def _parting(
+    structure: Any, paths: Sequence[str], masks: Sequence[Sequence[bool]]
+) -> Callable[[Sequence[Any], Sequence[bool]], Any]:
+    """A function of (leaves, which of them) that returns a tree of these alone.
+
+    The tree has the model's structure with None elsewhere, so that masks written for the model fit
+    it. Nodes of some libraries refuse None or forget what lay beside it: of a model with such nodes
+    it is a flat mapping by path.
+    """
+
+    def alike(leaves: Sequence[Any], which: Sequence[bool]) -> Any:
+        left = [leaf if yes else None for leaf, yes in zip(leaves, which, strict=True)]
+        return jax.tree.unflatten(structure, left)
+
+    def flat(leaves: Sequence[Any], which: Sequence[bool]) -> Any:
+        found = zip(paths, leaves, which, strict=True)
+        return OrderedDict((path, leaf) for path, leaf, yes in found if yes)
+
+    numbers = list(range(len(paths)))
+    for which in masks:
+        try:
+            found = jax.tree.leaves(jax.tree.map(lambda leaf: leaf, alike(numbers, which)))
+        except Exception:  # whatever a library's own node raises
+            return flat
+        if found != [number for number, yes in zip(numbers, which, strict=True) if yes]:
+            return flat
+    return alike
+
+
+def _described(tree: Any) -> tuple[Leaf, ...]:
+    """A description of each leaf, those that are no arrays as scalars."""
+    try:
+        return describe(jax.tree.map(lambda leaf: leaf if is_array(leaf) else np.zeros(()), tree))
+    except DimsError:
+        raise
+    except Exception:  # a library's own node, which takes nothing but what it was made with
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        named = ((format_path(path), leaf) for path, leaf in flat)
+        return describe(
+            OrderedDict((path, leaf if is_array(leaf) else np.zeros(())) for path, leaf in named)
+        )
 
 
 def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
@@ -291,10 +360,13 @@ def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
         plain = dict(_unboxed(variables))
         return plain.pop("params"), plain
 
-    def after(variables: Any, changed: Any, rest: Any) -> Any:
-        del variables
-        new = _unboxed(dict(changed or {}))
-        return {name: new.get(name, old) for name, old in rest.items()}
+    def after(variables: Any, changed: Any, params: Any, rest: Any) -> Any:
+        del variables, params
+        # Collections that an apply adds (sown values) are not the state's.
+        mine = {name: one for name, one in dict(changed or {}).items() if name in rest}
+        flat, structure = jax.tree_util.tree_flatten_with_path(rest)
+        paths, before = [format_path(path) for path, _ in flat], [leaf for _, leaf in flat]
+        return jax.tree.unflatten(structure, _changed(structure, paths, before, mine))
 
     others = {name: tree for name, tree in boxed.items() if name != "params"}
     return Dialect(
@@ -309,18 +381,38 @@ def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
     )
 
 
-def _changed(model: Any, changed: Any) -> Any:
-    """A model with what a loss returned as changed: all of it, or some entries of a mapping."""
-    if jax.tree.structure(changed) == jax.tree.structure(model):
-        return changed
-    known = isinstance(model, Mapping) and isinstance(changed, Mapping)
-    if known and set(changed) <= set(model):
-        return {**model, **changed}
+def _changed(
+    structure: Any, paths: Sequence[str], before: Sequence[Any], changed: Any
+) -> list[Any]:
+    """Leaves after a loss: those it returned as changed, found by their paths, and the others."""
+    flat, found = jax.tree_util.tree_flatten_with_path(_unboxed(changed))
+    new = {format_path(path): leaf for path, leaf in flat}
+    if found == structure:
+        return [leaf for _, leaf in flat]
+    strange = [path for path in new if path not in paths]
+    if not strange:
+        return [new.get(path, leaf) for path, leaf in zip(paths, before, strict=True)]
     raise ConfigError(
         "cannot take what the loss returned as changed",
-        where=f"{jax.tree.structure(changed)}",
-        why="it is neither a tree like the model nor, of a mapping, some of its entries",
-        fix="return (loss, metrics, the model with its changed arrays)",
+        where=f"`{strange[0]}`" + (f" and {len(strange) - 1} more" if len(strange) > 1 else ""),
+        why=f"the model has no such leaf; {did_you_mean(strange[0], paths)}",
+        fix="return (loss, metrics, the model with its changed arrays), or a part of it in its "
+        "place, such as {name: changed} of a mapping",
+    )
+
+
+def _refuse_changed(path: str, *, is_trained: bool) -> NoReturn:
+    if is_trained:
+        raise ConfigError(
+            f"the loss returned `{path}` as changed, and it is trained",
+            why="what is trained is changed by the optimizer alone; the new value would be lost",
+            fix='say what is trained, such as trainable="0/*" for the first of a pair, or return '
+            "only what is not",
+        )
+    raise ConfigError(
+        f"the loss returned `{path}` as changed, and the model has no array there",
+        why="a Python number is a constant of the compiled step; the new value would be lost",
+        fix="make it an array where the model is made: jnp.asarray(…)",
     )
 
 
@@ -355,10 +447,6 @@ def _is_leaf(node: Any) -> bool:
     return len(leaves) == 1 and leaves[0] is node
 
 
-def _arrays_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, tree)
-
-
 def _is_float(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
@@ -369,4 +457,9 @@ def _concrete(tree: Any) -> bool:
 
 
 def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        if is_array(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+
+    return jax.tree.map(shape, tree)

@@ -49,12 +49,12 @@ from meshwright.sharding.dims import Dims, Leaf, describe_optimizer
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.placer import Patterns, Placer
+from meshwright.sharding.placer import Patterns, Placer, is_array
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
 from meshwright.train.layout import compute_spec
-from meshwright.train.plan_step import Accumulation, ModelState, StepParts
+from meshwright.train.plan_step import Accumulation, ModelState, StepParts, strong
 
 if TYPE_CHECKING:
     import optax
@@ -130,13 +130,24 @@ def plan(
 
 def _inputs(inputs: Any, batch: Any) -> Sequence[Any] | None:
     if callable(inputs):
-        found = jax.eval_shape(inputs, batch)
-        return found if isinstance(found, tuple | list) else (found,)
+        found: list[Any] = []
+
+        def look(batch: Any) -> None:
+            given = inputs(batch)
+            # What is no array, such as a flag, is given to the call as it is.
+            found.extend(given if isinstance(given, tuple | list) else (given,))
+
+        jax.eval_shape(look, batch)
+        return jax.tree.map(_shape_of, found)
     if inputs is not None:
-        return [jax.eval_shape(lambda x=one: x) for one in inputs]
+        return jax.tree.map(_shape_of, list(inputs))
     if isinstance(batch, jax.ShapeDtypeStruct):
         return (batch,)
     return batch[:1] if isinstance(batch, tuple | list) and batch else None
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
 
 
 @dataclass(frozen=True)
@@ -229,7 +240,7 @@ class Plan:
         key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
         dialect, shardings = self.parts.dialect, self.shardings
         if dialect.make is not None:
-            return jax.jit(self._build, out_shardings=shardings)(key)
+            return self._built(key)
         if dialect.values is None:
             raise ConfigError(
                 "cannot initialise the model",
@@ -237,19 +248,29 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: jax.device_put(x, to, may_alias=False), values, at)
+            jax.tree.map(lambda x, to: jax.device_put(x, to, may_alias=False), strong(values), at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
-        opt_state = jax.jit(self.parts.optimizer.init, out_shardings=shardings.opt_state)(params)
+        first = jax.jit(
+            lambda params: strong(self.parts.optimizer.init(params)),
+            out_shardings=shardings.opt_state,
+        )
+        opt_state = first(params)
         step, key = jax.device_put((jnp.zeros((), jnp.int32), key), shardings.step)
         return ModelState(step, params, rest, opt_state, key)
 
-    def _build(self, key: Any) -> ModelState:
-        assert self.parts.dialect.make is not None
-        model_key, run_key = jax.random.split(key)
-        params, rest = self.parts.dialect.make(model_key)
-        opt_state = self.parts.optimizer.init(params)
-        return ModelState(jnp.zeros((), jnp.int32), params, rest, opt_state, run_key)
+    @functools.cached_property
+    def _built(self) -> Any:
+        make = self.parts.dialect.make
+        assert make is not None
+
+        def build(key: Any) -> ModelState:
+            model_key, run_key = jax.random.split(key)
+            params, rest = strong(make(model_key))
+            opt_state = strong(self.parts.optimizer.init(params))
+            return ModelState(jnp.zeros((), jnp.int32), params, rest, opt_state, run_key)
+
+        return jax.jit(build, out_shardings=self.shardings)
 
     def place(self, batch: Any) -> Any:
         """A host's batch onto the devices; see `Placer.place`."""

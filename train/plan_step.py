@@ -21,16 +21,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.sharding.decisions import axes_of
+from meshwright.sharding.dims import format_path, format_shape
 from meshwright.sharding.errors import ConfigError, PlacementError
 from meshwright.sharding.logical import resolving
 from meshwright.sharding.placement import Constrain
 from meshwright.sharding.placer import Placer
 from meshwright.train.dialects import Dialect
 
-__all__ = ["Accumulation", "ModelState", "StepParts"]
+__all__ = ["Accumulation", "ModelState", "StepParts", "kept", "strong"]
 
 
 @jax.tree_util.register_dataclass
@@ -112,13 +114,15 @@ class StepParts:
         """One optimizer step; see `meshwright.train.model_plan.Plan.step`."""
         loss, grads, metrics, rest = self.gradients(held, state, batch)
         params = _put(state.params, held["updated"])
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
+        # Those that look at the loss, as reduce_on_plateau does, find it; others do not see it.
+        update = optax.with_extra_args_support(self.optimizer).update
+        updates, opt_state = update(grads, state.opt_state, params, value=loss)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
         after = replace(
             state,
             step=state.step + 1,
             params=_put(params, held["params"]),
-            opt_state=opt_state,
+            opt_state=kept(opt_state, state.opt_state, "the optimizer"),
             rest=rest,
         )
         return after, {"loss": loss, **metrics}
@@ -157,8 +161,8 @@ class StepParts:
             used = self._used(params, held["params"], held["used"], held["gradients"])
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
-            after = self.dialect.after(model, changed, used_rest)
-            return loss, (metrics, _put(after, held["rest"]))
+            after = self.dialect.after(model, changed, used, used_rest)
+            return loss, (metrics, _put(kept(after, rest, "the model"), held["rest"]))
 
         if self.how.regather:
             scalar = jax.checkpoint(scalar, policy=_keep_all_but_gathered)
@@ -196,8 +200,11 @@ class StepParts:
     ) -> tuple[Any, dict[str, Any], Any]:
         """(scalar, metrics, changed) of a loss function, whichever of these it returns."""
         constrain = Constrain(self.placer.rules, self.placer.mesh, {"batch"})
+        word = _key_word(loss)
+        given = (key,) if key is not None and not word else ()
+        named = {word: key} if key is not None and word else {}
         with resolving(constrain):
-            found = loss(model, batch) if key is None else loss(model, batch, key)
+            found = loss(model, batch, *given, **named)
         parts: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
         scalar: Any = parts[0] if parts else ()
         metrics, changed = (*parts[1:], None, None)[:2]
@@ -317,16 +324,76 @@ def _keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return True
 
 
+def strong(tree: Any) -> Any:
+    """Arrays whose dtypes promotion respects.
+
+    What a Python number was made into is "weak" until something is added to it, and as that it is
+    another type to jit: the second step would compile again.
+    """
+
+    def one(x: Any) -> Any:
+        if not hasattr(x, "dtype"):
+            return jnp.asarray(x, jnp.result_type(x))
+        return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+    return jax.tree.map(one, tree)
+
+
+def kept(new: Any, old: Any, whose: str) -> Any:
+    """A part of the state after a step with the dtypes it had before.
+
+    Raises:
+        ConfigError: other leaves or shapes, with which the next step would be another program.
+    """
+    before, structure = jax.tree_util.tree_flatten_with_path(old)
+    after = jax.tree.leaves(new)
+    if len(after) != len(before):
+        raise ConfigError(
+            f"a step changes how many arrays {whose} has",
+            where=f"{len(before)} before, {len(after)} after",
+            why="the state of a compiled step keeps its structure",
+            fix="make all arrays where the model or the optimizer is made",
+        )
+
+    def one(path: Any, x: Any, now: Any) -> Any:
+        if jnp.shape(now) != x.shape:
+            raise ConfigError(
+                f"a step changes the shape of `{format_path(path)}` of {whose}",
+                where=f"{format_shape(x.shape)} before, {format_shape(jnp.shape(now))} after",
+                why="the state of a compiled step keeps its shapes",
+                fix="make it in its final shape, or keep it out of the model",
+            )
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return now
+        return jax.lax.convert_element_type(now, x.dtype)
+
+    pairs = zip(before, after, strict=True)
+    return jax.tree.unflatten(structure, [one(path, x, now) for (path, x), now in pairs])
+
+
 def _put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
+_KEYS = ("key", "rng", "rngs")
+
+
 def _takes_key(loss: Callable[..., Any]) -> bool:
     """Whether a loss function has a third argument that must be given, or one called for a key."""
-    try:
-        parameters = list(inspect.signature(loss).parameters.values())
-    except (TypeError, ValueError):
-        return False
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    third = [p for p in parameters if p.kind in plain][2:3]
-    return any(p.default is p.empty or p.name in ("key", "rng", "rngs") for p in third)
+    third = [p for p in _parameters(loss) if p.kind in plain][2:3]
+    by_place = any(p.default is p.empty or p.name in _KEYS for p in third)
+    return by_place or _key_word(loss) is not None
+
+
+def _key_word(loss: Callable[..., Any]) -> str | None:
+    """The name by which alone a loss function takes its key, if it does."""
+    only = [p.name for p in _parameters(loss) if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return next((name for name in only if name in _KEYS), None)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
