@@ -1,6 +1,7 @@
 """Flax's own logical constraints resolved by our rules; constraints that jit would drop refused."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,6 @@ def test_a_constraint_that_jit_would_drop_is_refused_wherever_it_is(
     assert "shape 4×6" in text and "6 is not divisible by 4" in text
     line = re.search(r"test_sharding_logical\.py:(\d+)", text)
     assert line is not None
-    source = open(__file__).read().splitlines()[int(line.group(1)) - 1]
+    source = Path(__file__).read_text().splitlines()[int(line.group(1)) - 1]
     assert "with_sharding_constraint(x * 2" in source
     check_constraints(jax.jit(programs[where]).trace(jnp.ones((4, 8))).jaxpr)
