@@ -2,7 +2,8 @@
 
 Sphinx reads Markdown through MyST and docstrings through autodoc; furo draws the pages. The build
 needs no network and writes nothing into docs/: the reference is made from the package as it is
-imported (`reference_pages`), and the pictures of strategies are drawn from resolved specs.
+imported (`reference_pages`), and the pictures of strategies are drawn from resolved specs
+(`site_pictures`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "reference_pages",
+    "site_pictures",
 ]
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
