@@ -59,6 +59,7 @@ PICTURES = {
 _KEY, _COLUMN, _COLUMNS = 240, 186, 4  # pixels, pixels, devices beside each other
 _GAP, _LINE, _ARRAY = 16, 18, 58  # between arrays, of text, height of an array
 _MARGIN = 26  # between devices
+_USED = "weights in use"
 _FRACTIONS = {2: "½", 3: "⅓", 4: "¼", 8: "⅛"}
 
 
@@ -133,7 +134,7 @@ def resolved(name: str, flags: str) -> Picture:
         Row(("optimizer state",), _weights(layout, layout.masters)),
         Row(("gradients",), _weights(layout, gradients_of(layout, config.grad_accum), partial)),
         Row(("weights",), _weights(layout, layout.working)),
-        Row(("weights in use",), _weights(layout, layout.working, used=True)),
+        Row((_USED,), _weights(layout, layout.working, used=True)),
     ]
     # Roles in which all arrays live alike share a row.
     merged = [
@@ -320,6 +321,8 @@ def _captions(row: Row, y: float) -> list[str]:
     """The roles of a row, and the spec of each of its arrays."""
     lines = [(role, "bold") for role in row.roles]
     lines += [(f"{array.name} {array.label}", "code faint") for array in row.arrays]
+    if row.roles == (_USED,):  # gathered, since it is not how they are kept
+        lines.append(("one layer at a time", "small faint"))
     return [
         text_svg(0, y + 14 + index * _LINE, text, kind) for index, (text, kind) in enumerate(lines)
     ]
