@@ -24,6 +24,7 @@ with the shardings of its results. A model that exists already is taken with its
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections import OrderedDict
@@ -60,7 +61,8 @@ class Dialect:
         shapes: (params, rest) as ShapeDtypeStructs.
         leaves: of ``params`` and then of ``rest``, described with their own names.
         build: (params, rest) → what the loss takes.
-        after: (what the loss took, what it returned as changed, params, rest) → rest.
+        after: (what the loss took, what it returned as changed, rest, params) → rest; without
+            params it is not asked whether a loss changed what is trained.
         evaluated: what the loss takes, in evaluation mode.
     """
 
@@ -70,7 +72,7 @@ class Dialect:
     shapes: tuple[Any, Any]
     leaves: tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
     build: Callable[[Any, Any], Any]
-    after: Callable[[Any, Any, Any, Any], Any]
+    after: Callable[..., Any]
     evaluated: Callable[[Any], Any]
 
 
@@ -123,12 +125,9 @@ def _maker(model: Any) -> Callable[[Any], Any]:
     """A class or function as a function of a key."""
     name = getattr(model, "__name__", type(model).__name__)
     try:
-        # Of a class its own constructor's: a metaclass' call takes anything.
-        made = model.__init__ if isinstance(model, type) else model
-        parameters = dict(inspect.signature(made).parameters)
+        parameters = _parameters_of(model)
     except (TypeError, ValueError):
         return model
-    parameters.pop("self", None)
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [
         p.name
@@ -149,6 +148,16 @@ def _maker(model: Any) -> Callable[[Any], Any]:
         why="only a key (or rngs) is there to give",
         fix=f"pass a function of the key: lambda rngs: {name}(…, rngs=rngs)",
     )
+
+
+def _parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a call; of a class its own constructor's, as a metaclass' takes anything."""
+    if isinstance(model, type):
+        return inspect.signature(functools.partial(model.__init__, None)).parameters
+    if isinstance(model, functools.partial) and isinstance(model.func, type):
+        bound = functools.partial(model.func.__init__, None, *model.args, **model.keywords)
+        return inspect.signature(bound).parameters
+    return inspect.signature(model).parameters
 
 
 def _rngs(key: Any) -> Any:
@@ -197,7 +206,7 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
             _, params, rest, _ = nnx.split(make(key), wanted, _is_numeric, ...)
         return params, rest
 
-    def after(module: Any, changed: Any, params: Any, rest: Any) -> Any:
+    def after(module: Any, changed: Any, rest: Any, params: Any = None) -> Any:
         del changed, params
         # Variables that a loss adds (sown ones, caches) are not the state's.
         flat = dict(nnx.to_flat_state(nnx.state(module)))
@@ -276,22 +285,22 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
         leaves = jax.tree.leaves(_unboxed(tree))
         return parted(leaves, trained), parted(leaves, kept)
 
-    def build(params: Any, rest: Any) -> Any:
+    def joined(params: Any, rest: Any) -> list[Any]:
         one, two = iter(jax.tree.leaves(params)), iter(jax.tree.leaves(rest))
-        leaves = [
-            next(one) if yes else next(two) if other else leaf
+        return [
+            next(one, None) if yes else next(two) if other else leaf
             for yes, other, leaf in zip(trained, kept, first, strict=True)
         ]
-        return jax.tree.unflatten(structure, leaves)
 
-    def after(model: Any, changed: Any, params: Any, rest: Any) -> Any:
+    def after(model: Any, changed: Any, rest: Any, params: Any = None) -> Any:
         del model  # it may be used up, as the states of equinox are
         if changed is None:
             return rest
-        before = jax.tree.leaves(build(params, rest))
+        before = joined(params, rest)
         new = _changed(structure, paths, before, changed)
         for path, old, now, yes in zip(paths, before, new, kept, strict=True):
-            if not yes and now is not old and is_array(now):
+            known = old is not None or params is not None
+            if known and not yes and now is not old and is_array(now):
                 _refuse_changed(path, is_trained=is_array(old))
         return parted(new, kept)
 
@@ -304,7 +313,7 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
             tuple(leaf for leaf, yes in zip(named, trained, strict=True) if yes),
             tuple(leaf for leaf, yes in zip(named, kept, strict=True) if yes),
         ),
-        build,
+        lambda params, rest: jax.tree.unflatten(structure, joined(params, rest)),
         after,
         lambda model: model,
     )
@@ -360,7 +369,7 @@ def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
         plain = dict(_unboxed(variables))
         return plain.pop("params"), plain
 
-    def after(variables: Any, changed: Any, params: Any, rest: Any) -> Any:
+    def after(variables: Any, changed: Any, rest: Any, params: Any = None) -> Any:
         del variables, params
         # Collections that an apply adds (sown values) are not the state's.
         mine = {name: one for name, one in dict(changed or {}).items() if name in rest}

@@ -161,7 +161,7 @@ class StepParts:
             used = self._used(params, held["params"], held["used"], held["gradients"])
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
-            after = self.dialect.after(model, changed, used, used_rest)
+            after = self.dialect.after(model, changed, used_rest, used)
             return loss, (metrics, _put(kept(after, rest, "the model"), held["rest"]))
 
         if self.how.regather:
