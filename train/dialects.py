@@ -251,8 +251,9 @@ def _by_path(trainable: Trainable, paths: Sequence[str]) -> Callable[[str], bool
     if callable(trainable):
         return lambda path: bool(trainable(path))
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+    unused = [one for one in patterns if not any(fnmatchcase(path, one) for path in paths)]
+    for pattern in unused:
+        if len(unused) < len(patterns):  # otherwise nothing is trained, which is said elsewhere
             raise ConfigError(
                 f"the pattern `{pattern}` of `trainable` matches nothing",
                 where=f"{len(paths)} leaves",
