@@ -61,7 +61,7 @@ def homes() -> dict[str, str]:
     """Every public name, by all its spellings, and the full name it is documented under.
 
     >>> homes()["meshwright.RunPlan"], homes()["meshwright.sharding.mesh.MeshSpec"]
-    ('meshwright.train.Plan', 'meshwright.sharding.MeshSpec')
+    ('meshwright.train.RunPlan', 'meshwright.sharding.MeshSpec')
     """
     found: dict[str, str] = {}
     described: dict[int, str] = {}
