@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.scripts.flags import parse
-from meshwright.train.plan import Plan
+from meshwright.train.run_plan import RunPlan
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -38,7 +38,7 @@ def test_commands_are_resolved(page: Path, line: str) -> None:
     config = parse(flags, verb)
     if config.topology == "auto":
         flags += ["--topology", "cpu:8"]
-    Plan.of(parse(flags, verb))
+    RunPlan.of(parse(flags, verb))
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=name)

@@ -25,7 +25,7 @@ from meshwright.train.bench_plan import (
     ranking,
 )
 from meshwright.train.config import TrainConfig
-from meshwright.train.plan import Plan
+from meshwright.train.run_plan import RunPlan
 
 BASE = TrainConfig(named("tiny"))
 
@@ -68,7 +68,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Compilers that find 1/0.95 of what is predicted, or another part."""
     part = {"peak": 0.95, "seconds": 1.0}
 
-    def compile_(plan: Plan) -> PlanReport:
+    def compile_(plan: RunPlan) -> PlanReport:
         found, report = predicted(plan), plan.estimate()
         peak = round((found.memory.peak_bytes or 0) / part["peak"])
         memory = replace(found.memory, peak_bytes=peak)
@@ -77,7 +77,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         time = replace(found.time, step_seconds_low=low, step_seconds_high=high)
         return replace(report, memory=memory, time=time)
 
-    monkeypatch.setattr(Plan, "compile", compile_)
+    monkeypatch.setattr(RunPlan, "compile", compile_)
     monkeypatch.setattr(bench_plan, "CHOSEN", (small("h100:1x8"), small("v5e:2x4")))
     monkeypatch.setattr(bench_plan, "HELD_OUT", (small("a100:1x8"),))
     shapes = [replace(small("h100:1x8"), batch_size=rows) for rows in (8, 16, 32)]

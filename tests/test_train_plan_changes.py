@@ -15,8 +15,8 @@ from meshwright.sharding.aot_errors import CompileError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import PlanReport
 from meshwright.train.config import TrainConfig
-from meshwright.train.plan import Plan
 from meshwright.train.plan_changes import candidates, with_changes
+from meshwright.train.run_plan import RunPlan
 
 GIB = 2**30
 
@@ -58,9 +58,9 @@ def test_microbatches_are_summed_in_shards_where_there_are_any() -> None:
     assert "--accumulate sharded" in proposed(run_of(grad_accum=2))
     assert "--grad-accum 2" in proposed(run_of(mesh="data=16"))
     assert "--grad-accum 4" in proposed(run_of(grad_accum=2, accumulate="sharded"))
-    plan = Plan.of(run_of())
+    plan = RunPlan.of(run_of())
     peaks = [
-        Plan.of(run, plan.topology).estimate().memory.peak_bytes or 0
+        RunPlan.of(run, plan.topology).estimate().memory.peak_bytes or 0
         for run in (proposed(plan.config)["--grad-accum 4 --accumulate sharded"], plan.config)
     ]
     assert peaks[0] < peaks[1] / 2
@@ -103,14 +103,16 @@ def test_the_flags_make_the_run(run: TrainConfig, zero: Any) -> None:
         assert parse(kept, "plan") == config
 
 
-def tried(plan: Plan, *, compile_them: bool) -> PlanReport:
+def tried(plan: RunPlan, *, compile_them: bool) -> PlanReport:
     report = plan.estimate()
     assert report.fits is False
     return with_changes(plan, report, compile_them=compile_them)
 
 
 def test_closed_forms_try_what_fits_first() -> None:
-    changes = tried(Plan.of(run_of(batch_size=32, seq_len=1024)), compile_them=False).memory.changes
+    changes = tried(
+        RunPlan.of(run_of(batch_size=32, seq_len=1024)), compile_them=False
+    ).memory.changes
     assert 0 < len(changes) <= 4
     assert all(change.origin == "formula" for change in changes)
     verdicts = [change.fits for change in changes]
@@ -119,7 +121,7 @@ def test_closed_forms_try_what_fits_first() -> None:
 
 def test_where_nothing_fits_the_nearest_are_shown() -> None:
     """And no compiler is asked: it could only agree."""
-    plan = Plan.of(replace(run_of(mesh="fsdp=4", topology="v5e:2x2"), model=named("llama3-70b")))
+    plan = RunPlan.of(replace(run_of(mesh="fsdp=4", topology="v5e:2x2"), model=named("llama3-70b")))
     changes = tried(plan, compile_them=True).memory.changes
     assert {change.origin for change in changes} == {"formula"}
     assert not any(change.fits for change in changes)
@@ -131,7 +133,7 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
     """What the closed forms find small enough is compiled, three at most, and failures left."""
     asked: list[str] = []
 
-    def compile_it(plan: Plan, **_: Any) -> PlanReport:
+    def compile_it(plan: RunPlan, **_: Any) -> PlanReport:
         asked.append(f"{plan.config.model.remat} {plan.config.grad_accum} {plan.mesh}")
         if len(asked) == 1:
             raise CompileError("cannot compile", failure="signal", why="killed")
@@ -139,8 +141,10 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
         peak = (20 if len(asked) == 2 else 10) * GIB
         return replace(report, memory=replace(report.memory, peak_bytes=peak))
 
-    monkeypatch.setattr(Plan, "compile", compile_it)
-    changes = tried(Plan.of(run_of(batch_size=32, seq_len=1024)), compile_them=True).memory.changes
+    monkeypatch.setattr(RunPlan, "compile", compile_it)
+    changes = tried(
+        RunPlan.of(run_of(batch_size=32, seq_len=1024)), compile_them=True
+    ).memory.changes
     assert len(asked) == 3
     assert [(c.peak_bytes, c.fits, c.origin) for c in changes] == [
         (20 * GIB, False, "compiler"),
@@ -149,6 +153,6 @@ def test_the_compiler_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_a_limit_there_is_nothing_to_try() -> None:
-    plan = Plan.of(run_of(topology="cpu:16"))
+    plan = RunPlan.of(run_of(topology="cpu:16"))
     report = plan.estimate()
     assert with_changes(plan, report, compile_them=True) is report

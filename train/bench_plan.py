@@ -30,7 +30,7 @@ from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig
 from meshwright.train.estimate import Estimate, estimate
 from meshwright.train.estimate_memory import MARGIN
-from meshwright.train.plan import Plan
+from meshwright.train.run_plan import RunPlan
 
 __all__ = [
     "CHOSEN",
@@ -222,7 +222,7 @@ def ranking(config: TrainConfig) -> int:
     return 0
 
 
-def predicted(plan: Plan, margin: float = 0.0) -> Estimate:
+def predicted(plan: RunPlan, margin: float = 0.0) -> Estimate:
     """The closed forms of the program that can be compiled here.
 
     Args:
@@ -256,14 +256,16 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def _compiled(cases: Iterable[Case], base: TrainConfig) -> Iterator[tuple[Case, Plan, PlanReport]]:
+def _compiled(
+    cases: Iterable[Case], base: TrainConfig
+) -> Iterator[tuple[Case, RunPlan, PlanReport]]:
     chip = None if base.topology == "auto" else Topology.parse(base.topology).chip
     missing: set[str] = set()
     for case in cases:
         topology = Topology.parse(case.topology)
         if topology.kind in missing or chip not in (None, topology.chip):
             continue
-        plan = Plan.of(case.config(base))
+        plan = RunPlan.of(case.config(base))
         try:
             yield case, plan, plan.compile()
         except MissingExtraError as error:

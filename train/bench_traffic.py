@@ -19,7 +19,7 @@ from meshwright.sharding.errors import MissingExtraError
 from meshwright.sharding.planned import PlanReport
 from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig
-from meshwright.train.plan import Plan
+from meshwright.train.run_plan import RunPlan
 
 __all__ = ["PLANS", "Planned", "traffic"]
 
@@ -88,7 +88,7 @@ def _reports(config: TrainConfig, chip: str | None) -> Iterator[tuple[Planned, P
             grad_accum=1,
         )
         try:
-            yield plan, Plan.of(run).compile()
+            yield plan, RunPlan.of(run).compile()
         except MissingExtraError as error:
             missing.add(topology.kind)
             print(f"left out: {error}", file=sys.stderr)

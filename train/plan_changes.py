@@ -17,7 +17,7 @@ from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Change, PlanReport
 from meshwright.train.config import TrainConfig
 from meshwright.train.estimate_memory import MARGIN
-from meshwright.train.plan import Plan
+from meshwright.train.run_plan import RunPlan
 
 __all__ = ["candidates", "with_changes"]
 
@@ -31,11 +31,11 @@ _DOUBT = 1.10 * (1 + MARGIN)
 @dataclass(frozen=True)
 class _Candidate:
     flags: str
-    plan: Plan
+    plan: RunPlan
     peak_bytes: int
 
 
-def with_changes(plan: Plan, report: PlanReport, *, compile_them: bool) -> PlanReport:
+def with_changes(plan: RunPlan, report: PlanReport, *, compile_them: bool) -> PlanReport:
     """The report with the changes that were tried.
 
     Args:
@@ -150,10 +150,10 @@ def _meshes(config: TrainConfig, mesh: MeshSpec) -> list[tuple[TrainConfig, str]
     return found
 
 
-def _estimated(plan: Plan, config: TrainConfig, flags: str) -> _Candidate | None:
+def _estimated(plan: RunPlan, config: TrainConfig, flags: str) -> _Candidate | None:
     """None for a change that cannot be placed."""
     try:
-        changed = Plan.of(config, plan.topology)
+        changed = RunPlan.of(config, plan.topology)
         peak = changed.estimate().memory.peak_bytes
     except MeshwrightError:
         return None

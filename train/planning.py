@@ -34,9 +34,9 @@ from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.outfiles import check_writable, write_text
-from meshwright.train.plan import Plan
 from meshwright.train.plan_changes import with_changes
 from meshwright.train.plan_leaves import check_leaves
+from meshwright.train.run_plan import RunPlan
 
 __all__ = ["Asked", "answer"]
 
@@ -89,7 +89,7 @@ def answer(config: TrainConfig, asked: Asked) -> int:
     budget = load_budget(asked.budget) if asked.budget else None
     rates = _rates(asked.calibration, topology)
     files = check_writable({"json": asked.json, "html": asked.html, "hlo": asked.hlo})
-    plan = Plan.of(config, topology)
+    plan = RunPlan.of(config, topology)
     check_leaves(plan.layout, topology)
     if budget:  # a limit on what no plan has is refused before the work is done
         check(budget, plan.estimate(rates), WARNING_CODES)
@@ -156,7 +156,7 @@ def _has_compiler(topology: Topology, asked: Asked) -> bool:
 
 
 def _report(
-    plan: Plan, asked: Asked, rates: MeasuredRates, compiler: bool
+    plan: RunPlan, asked: Asked, rates: MeasuredRates, compiler: bool
 ) -> tuple[PlanReport, CompiledProgram | None]:
     """By the compiler if there is one and it is wanted, else from shapes."""
     if compiler and plan.outgrows and not asked.hlo:
@@ -194,7 +194,7 @@ def _print(report: PlanReport, budget: Budget | None, breaches: tuple[Breach, ..
 
 
 def _write(
-    files: Mapping[str, Path], plan: Plan, report: PlanReport, compiled: CompiledProgram | None
+    files: Mapping[str, Path], plan: RunPlan, report: PlanReport, compiled: CompiledProgram | None
 ) -> None:
     for kind, path in files.items():
         if kind == "json":

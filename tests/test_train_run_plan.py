@@ -34,8 +34,8 @@ from meshwright.sharding.topology import Topology
 from meshwright.train import plan as plan_module
 from meshwright.train.config import DataConfig, TrainConfig
 from meshwright.train.estimate_memory import COUNTER_BYTES
-from meshwright.train.plan import Plan, compile_in_child
 from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape
+from meshwright.train.run_plan import RunPlan, compile_in_child
 from meshwright.train.weights import scope_of
 
 GIB = 2**30
@@ -65,7 +65,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def run_child(job: str, payload: tuple[Any, ...], **_: Any) -> ChildResult:
         asked.append(payload)
-        assert job == "meshwright.train.plan:compile_in_child"
+        assert job == "meshwright.train.run_plan:compile_in_child"
         text = golden("v5e-jax0.10")["step, fsdp"]
         return ChildResult(program(text, quick=payload[2]), "said", 1.0)
 
@@ -75,22 +75,22 @@ def child(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_the_top_package_has_it() -> None:
-    assert meshwright.Plan is Plan and meshwright.train.Plan is Plan
+    assert meshwright.RunPlan is RunPlan and meshwright.train.RunPlan is RunPlan
 
 
 # --- resolving ---------------------------------------------------------------------------------
 
 
 def test_a_run_is_resolved_as_training_would() -> None:
-    plan = Plan.of(run_of(mesh="data=2,fsdp=-1"))
+    plan = RunPlan.of(run_of(mesh="data=2,fsdp=-1"))
     assert plan.mesh.sizes == {"data": 2, "fsdp": 4}
-    assert plan.itemsize == 2 and Plan.of(run_of(dtype="float32")).itemsize == 4
-    assert Plan.of(run_of(topology="cpu:8")).itemsize == 4
-    assert Plan.of(run_of(mesh="auto")).mesh.sizes == {"fsdp": 8}
-    elsewhere = Plan.of(run_of(mesh="fsdp=-1"), Topology.parse("h100:2x8"))
+    assert plan.itemsize == 2 and RunPlan.of(run_of(dtype="float32")).itemsize == 4
+    assert RunPlan.of(run_of(topology="cpu:8")).itemsize == 4
+    assert RunPlan.of(run_of(mesh="auto")).mesh.sizes == {"fsdp": 8}
+    elsewhere = RunPlan.of(run_of(mesh="fsdp=-1"), Topology.parse("h100:2x8"))
     assert elsewhere.mesh.sizes == {"fsdp": 16} and elsewhere.kernel(compiled=False) == "cudnn"
     assert set(plan.links or ()) == {"data", "fsdp"}
-    assert Plan.of(run_of(topology="cpu:8")).links is None
+    assert RunPlan.of(run_of(topology="cpu:8")).links is None
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_run_is_resolved_as_training_would() -> None:
 )
 def test_what_cannot_be(changes: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        Plan.of(run_of(**changes))
+        RunPlan.of(run_of(**changes))
 
 
 # --- from shapes -------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_what_cannot_be(changes: dict[str, Any], error: type[Exception], said: s
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "tpu7x:2x2x1", "h100:1x8", "cpu:8"])
 def test_shapes_answer_every_figure(topology: str) -> None:
-    report = Plan.of(run_of("gpt2-124m", topology=topology, seq_len=1024)).estimate()
+    report = RunPlan.of(run_of("gpt2-124m", topology=topology, seq_len=1024)).estimate()
     document = report_json(report)
     assert document["topology"] == topology and document["mesh"] == {"fsdp": 8}
     assert document["model"]["name"] == "gpt2-124m" and document["decisions"]
@@ -129,13 +129,13 @@ def test_shapes_answer_every_figure(topology: str) -> None:
 
 
 def test_state_is_exact() -> None:
-    plan = Plan.of(run_of("gpt2-124m", mesh="data=2,fsdp=4", seq_len=1024))
+    plan = RunPlan.of(run_of("gpt2-124m", mesh="data=2,fsdp=4", seq_len=1024))
     memory = plan.estimate().memory
     assert plan.state_bytes == memory.parameters_bytes + memory.optimizer_bytes - COUNTER_BYTES
 
 
 def test_measured_rates_replace_the_data_sheets() -> None:
-    plan = Plan.of(run_of("gpt2-124m", seq_len=1024))
+    plan = RunPlan.of(run_of("gpt2-124m", seq_len=1024))
     fast, slow = plan.estimate(), plan.estimate(MeasuredRates({"bf16": 9e13}, None, 1e11, 0.25))
     assert (slow.time.compute_seconds or 0) > 1.5 * (fast.time.compute_seconds or 0)
     assert (slow.time.memory_seconds or 0) > 2 * (fast.time.memory_seconds or 0)
@@ -146,9 +146,9 @@ def test_measured_rates_replace_the_data_sheets() -> None:
 
 def test_shapes_warn_of_leaves() -> None:
     run = run_of("llama3-8b", mesh="data=8", topology="v5p:2x2x2", seq_len=1024)
-    found = [warning.leaf for warning in Plan.of(run).estimate().warnings]
+    found = [warning.leaf for warning in RunPlan.of(run).estimate().warnings]
     assert "embedding" in found and "layers/mlp/w_up" in found
-    split = Plan.of(replace(run, mesh="fsdp=8")).estimate()
+    split = RunPlan.of(replace(run, mesh="fsdp=8")).estimate()
     assert not [w for w in split.warnings if w.code == "replicated-leaf"]
 
 
@@ -156,7 +156,7 @@ def test_shapes_warn_of_leaves() -> None:
 
 
 def test_a_compiled_program_is_read_into_a_report(child: list[tuple[Any, ...]]) -> None:
-    plan = Plan.of(run_of("gpt2-124m", seq_len=1024))
+    plan = RunPlan.of(run_of("gpt2-124m", seq_len=1024))
     report = plan.compile()
     assert len(child) == 1 and report.unread == ()
     assert report.fits is True and report.memory.peak_bytes == 3 * GIB
@@ -181,10 +181,10 @@ def test_a_compiled_program_is_read_into_a_report(child: list[tuple[Any, ...]]) 
 
 
 def test_other_hardware_for_the_same_run(child: list[tuple[Any, ...]]) -> None:
-    report = Plan.of(run_of("gpt2-124m", mesh="fsdp=-1", batch_size=16)).compile("v5p:2x2x2")
+    report = RunPlan.of(run_of("gpt2-124m", mesh="fsdp=-1", batch_size=16)).compile("v5p:2x2x2")
     assert report.topology == "v5p:2x2x2" and child[0][1] == Topology.parse("v5p:2x2x2")
     with pytest.raises(TopologyError, match="v5p"):
-        Plan.of(run_of()).compile("v5p:3x3x3")
+        RunPlan.of(run_of()).compile("v5p:3x3x3")
 
 
 SAME = [{"log_every": 3}, {"seed": 7}, {"data": DataConfig(path="a.txt")}, {"out": "x"}]
@@ -205,8 +205,8 @@ OTHER = [
 def test_settings_no_program_depends_on_share_a_plan(
     child: list[tuple[Any, ...]], changes: dict[str, Any]
 ) -> None:
-    Plan.of(run_of()).compiled()
-    Plan.of(run_of(**changes)).compiled()
+    RunPlan.of(run_of()).compiled()
+    RunPlan.of(run_of(**changes)).compiled()
     assert len(child) == 1
 
 
@@ -214,13 +214,13 @@ def test_settings_no_program_depends_on_share_a_plan(
 def test_settings_a_program_depends_on_do_not(
     child: list[tuple[Any, ...]], changes: dict[str, Any]
 ) -> None:
-    Plan.of(run_of()).compiled()
-    Plan.of(run_of(**changes)).compiled()
+    RunPlan.of(run_of()).compiled()
+    RunPlan.of(run_of(**changes)).compiled()
     assert len(child) == 2
 
 
 def test_a_quick_look_has_no_verdict(child: list[tuple[Any, ...]]) -> None:
-    plan = Plan.of(run_of())
+    plan = RunPlan.of(run_of())
     report = plan.compile(quick=True)
     assert report.fits is None and report.memory.peak_bytes == 3 * GIB
     assert report_json(report)["fits"] is None
@@ -230,7 +230,7 @@ def test_a_quick_look_has_no_verdict(child: list[tuple[Any, ...]]) -> None:
 
 
 def test_a_refusal_is_a_verdict(child: list[tuple[Any, ...]]) -> None:
-    plan = Plan.of(run_of("gpt2-124m", seq_len=1024))
+    plan = RunPlan.of(run_of("gpt2-124m", seq_len=1024))
     refused = program(None, peak_bytes=None, out_of_memory=OutOfMemory(17 * GIB, 15 * GIB))
     report = plan.report(refused)
     assert report.fits is False
@@ -246,7 +246,7 @@ def test_an_unreadable_program_leaves_its_peak(
     child: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "require_wheels", lambda topology: "wheels do not pair")
-    plan = Plan.of(run_of("gpt2-124m", seq_len=1024))
+    plan = RunPlan.of(run_of("gpt2-124m", seq_len=1024))
     report = plan.report(program(None, text_error="RET_CHECK"))
     assert report.fits is True and report.memory.peak_bytes == 3 * GIB
     assert report.unread[0] == "wheels do not pair" and "RET_CHECK" in report.unread[-1]
@@ -258,7 +258,7 @@ def test_an_unreadable_program_leaves_its_peak(
 def test_a_plan_for_gpus_says_what_attention_it_compiled(
     child: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan.of(run_of("gpt2-124m", topology="h100:1x8"))
+    plan = RunPlan.of(run_of("gpt2-124m", topology="h100:1x8"))
     text = golden("h100-jax0.10")["step, fsdp"]
     for wheel in (False, True):
         monkeypatch.setattr(plan_module, "_has_cudnn_wheel", lambda wheel=wheel: wheel)
@@ -270,7 +270,7 @@ def test_a_plan_for_gpus_says_what_attention_it_compiled(
 
 
 def test_simulated_devices_are_answered_from_shapes(child: list[tuple[Any, ...]]) -> None:
-    plan = Plan.of(run_of(topology="cpu:8"))
+    plan = RunPlan.of(run_of(topology="cpu:8"))
     assert plan.compile() == plan.estimate() and child == []
 
 
@@ -280,9 +280,9 @@ def test_without_the_wheel_the_command_is_named(monkeypatch: pytest.MonkeyPatch)
         lambda name: "0.10.2" if name in ("jax", "jaxlib") else None,
     )
     with pytest.raises(MissingExtraError, match=r"pip install 'meshwright\[tpu\]'"):
-        Plan.of(run_of()).compile()
+        RunPlan.of(run_of()).compile()
     with pytest.raises(MissingExtraError, match=r"pip install 'meshwright\[gpu-plan\]'"):
-        Plan.of(run_of(topology="h100:1x8")).compile()
+        RunPlan.of(run_of(topology="h100:1x8")).compile()
 
 
 # --- what no device can hold -------------------------------------------------------------------
@@ -290,15 +290,15 @@ def test_without_the_wheel_the_command_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_state_over_the_limit_asks_no_compiler(child: list[tuple[Any, ...]]) -> None:
     run = run_of("llama3-405b", topology="v5e:16x16", mesh="fsdp=256", batch_size=256)
-    plan = Plan.of(run)
-    assert plan.outgrows and not Plan.of(run_of()).outgrows
+    plan = RunPlan.of(run)
+    assert plan.outgrows and not RunPlan.of(run_of()).outgrows
     report = plan.compile()
     assert report.fits is False and child == []
     assert report.provenance["memory"][0] == "formula"
 
 
 def test_a_parameter_larger_than_a_device_is_refused(child: list[tuple[Any, ...]]) -> None:
-    plan = Plan.of(run_of("llama3-405b", topology="v5e:1x1", mesh="fsdp=1"))
+    plan = RunPlan.of(run_of("llama3-405b", topology="v5e:1x1", mesh="fsdp=1"))
     for ask in (plan.compile, plan.compiled):
         with pytest.raises(PlacementError) as caught:
             ask()
@@ -308,7 +308,7 @@ def test_a_parameter_larger_than_a_device_is_refused(child: list[tuple[Any, ...]
         assert "at least 288 devices, such as v5e:16x16*2" in text
     assert child == []
     for large in ("h100:1x1", "v5p:2x2x1"):
-        small = Plan.of(run_of("llama3-405b", topology=large, mesh="auto"))
+        small = RunPlan.of(run_of("llama3-405b", topology=large, mesh="auto"))
         with pytest.raises(PlacementError, match=f"such as {large.split(':')[0]}:"):
             check_leaves(small.layout, small.topology)
     check_leaves(plan.layout, Topology.parse("cpu:1"))
@@ -341,7 +341,7 @@ def instruction(op_name: str) -> Instruction:
 
 
 def test_collectives_are_named_by_scope_then_by_shape() -> None:
-    plan = Plan.of(run_of(model={"tied": False}))
+    plan = RunPlan.of(run_of(model={"tied": False}))
     name = leaf_namer(plan.config, plan.layout)
     leaf = next(d.leaf for d in plan.layout.masters if d.leaf.path == "layers/mlp/w_up")
     one_layer = Shape("f32", leaf.shape[1:])
@@ -354,7 +354,7 @@ def test_collectives_are_named_by_scope_then_by_shape() -> None:
 
 def test_the_childs_half_builds_the_step_training_runs(devices: list[Any]) -> None:
     """On simulated devices, which are here: its arguments are the state and batch of the plan."""
-    plan = Plan.of(run_of(topology="cpu:8", mesh="data=2,fsdp=4", model={"layers": 2}))
+    plan = RunPlan.of(run_of(topology="cpu:8", mesh="data=2,fsdp=4", model={"layers": 2}))
     done = compile_in_child((plan.config, plan.topology, False), devices)
     memory = plan.estimate().memory
     held = memory.parameters_bytes + memory.optimizer_bytes + memory.batch_bytes
@@ -376,7 +376,7 @@ def small() -> TrainConfig:
 
 @pytest.mark.skipif(wheels("tpu").installed is None, reason="the libtpu wheel is not installed")
 def test_a_tpu_plan() -> None:
-    report = Plan.of(small()).compile()
+    report = RunPlan.of(small()).compile()
     assert report.fits is True and report.model["attention"] == "splash"
     assert report.provenance["time.compute_seconds"][0] == "compiler"
     assert {c.leaf for c in report.collectives if c.kind == "all-gather"} >= {"layers/mlp/w_up"}
@@ -385,7 +385,7 @@ def test_a_tpu_plan() -> None:
 
 @pytest.mark.skipif(wheels("gpu").installed is None, reason="jax's CUDA plugin is not installed")
 def test_a_gpu_plan() -> None:
-    report = Plan.of(replace(small(), topology="h100:1x8")).compile()
+    report = RunPlan.of(replace(small(), topology="h100:1x8")).compile()
     assert report.fits is True and report.memory.limit_bytes
     # Combined gathers have lost their names; their shapes are left.
     assert any("layers/mlp/w_" in c.leaf for c in report.collectives if c.kind == "all-gather")

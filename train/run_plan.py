@@ -1,6 +1,6 @@
 """A plan: a training run on hardware that is not here, estimated or compiled, never run.
 
-`Plan.of` resolves a configuration as training would: mesh, rules, layouts. Then
+`RunPlan.of` resolves a configuration as training would: mesh, rules, layouts. Then
 
 - `estimate` answers from shapes in milliseconds, by closed forms;
 - `compile` builds the very program that training would run, in a child process with the real
@@ -65,7 +65,7 @@ from meshwright.train.parallelism import (
 from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape
 from meshwright.train.program import Program, step_spec
 
-__all__ = ["Plan", "compile_in_child"]
+__all__ = ["RunPlan", "compile_in_child"]
 
 _TIMEOUT_SECONDS = 1800.0
 _WITHOUT_CUDNN = (
@@ -84,7 +84,7 @@ _NOT_COMPILED = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A resolved run on described hardware.
 
     Attributes:
@@ -106,7 +106,7 @@ class Plan:
     itemsize: int
 
     @classmethod
-    def of(cls, config: TrainConfig, topology: Topology | None = None) -> Plan:
+    def of(cls, config: TrainConfig, topology: Topology | None = None) -> RunPlan:
         """Resolve a configuration on its topology, or on another one.
 
         Raises:
@@ -192,7 +192,7 @@ class Plan:
         """
         if topology is not None and str(topology) != str(self.topology):
             target = Topology.parse(topology) if isinstance(topology, str) else topology
-            return Plan.of(self.config, target).compile(quick=quick, rates=rates)
+            return RunPlan.of(self.config, target).compile(quick=quick, rates=rates)
         if self.topology.kind == "cpu" or self.outgrows:
             check_leaves(self.layout, self.topology)
             return self.estimate(rates)
@@ -382,7 +382,7 @@ class Plan:
 def compile_in_child(
     payload: tuple[TrainConfig, Topology, bool], devices: list[Any]
 ) -> CompiledProgram:
-    """The child's half of `Plan.compiled`: build the step for the topology's devices.
+    """The child's half of `RunPlan.compiled`: build the step for the topology's devices.
 
     Args:
         payload: run, topology, whether at low effort.
@@ -391,7 +391,7 @@ def compile_in_child(
     import time
 
     config, topology, quick = payload
-    plan = Plan.of(config, topology)
+    plan = RunPlan.of(config, topology)
     dtype = jnp.float32 if plan.itemsize == 4 else jnp.bfloat16
     mesh = plan.mesh.build(devices)
     started = time.monotonic()
