@@ -62,7 +62,9 @@ function head() {
 function byKey(group, column) {
   const sums = new Map(KEYS.map((name) => [name, 0]));
   for (const leaf of group.leaves) {
-    const name = found.layouts[leaf.layouts[column]].key;
+    const layout = layoutAt(leaf, column);
+    if (!layout) continue; // this table is not about the leaf
+    const name = layout.key;
     sums.set(name, sums.get(name) + leaf.bytes_per_device[column]);
   }
   return [...sums].filter(([, size]) => size > 0);
@@ -93,7 +95,9 @@ function totals() {
 
 const sized = (shape_) => shape_.join("\u00d7") || "scalar";
 const named = (dims) => (dims ? `(${dims.map((dim) => dim || "\u00b7").join(", ")})` : "undeclared");
-const layoutAt = (leaf, column) => found.layouts[leaf.layouts[column]];
+// The layout that a table of the leaf's group gives it, by the table's position; null if none.
+const layoutAt = (leaf, position) => (known(leaf.layouts[position]) ? found.layouts[leaf.layouts[position]] : null);
+const layoutsOf = (leaf) => leaf.layouts.filter(known).map((index) => found.layouts[index]);
 const whyOf = (layout) => (layout.spec.length ? layout.rule : layout.reason);
 
 // The leaves of the other groups whose paths end with a leaf's path: its moments, as a rule.
@@ -123,7 +127,7 @@ function detail(group, leaf, column) {
   const same = new Map(); // tables that say the same are told once
   group.tables.forEach((table, position) => {
     const layout = layoutAt(leaf, position);
-    same.set(layout, [...(same.get(layout) || []), position]);
+    if (layout) same.set(layout, [...(same.get(layout) || []), position]);
   });
   const drawn = layoutAt(leaf, column);
   const told = [...same].map(([layout, positions]) => tinted(
@@ -139,7 +143,7 @@ function detail(group, leaf, column) {
       el("td", { class: "soft" }, axes.length ? `\u00f7 ${axes.map((axis) => `${axis} ${found.mesh[axis]}`).join(" \u00d7 ")}` : ""), el("td", { class: "num" }, whole(size / parts)));
   });
   const heads = [["dim"], ["size", "num"], ["split over"], ["a device", "num"]].map(([name, kind]) => el("th", { scope: "col", class: kind }, name));
-  const kinds = related(leaf).map((one) => [el("dt", {}, chip(layoutAt(one, 0)), bytes(one.bytes_per_device[0])), el("dd", { class: "mono" }, one.path)]);
+  const kinds = related(leaf).map((one) => [el("dt", {}, chip(layoutsOf(one)[0]), bytes(one.bytes_per_device.find(known))), el("dd", { class: "mono" }, one.path)]);
   box.replaceChildren(
     el("p", { class: "path mono" }, leaf.path),
     el("dl", { class: "facts" }, el("dt", {}, "dims"), el("dd", { "data-fact": "dims" }, named(leaf.dims)), el("dt", {}, "shape"),
@@ -151,21 +155,28 @@ function detail(group, leaf, column) {
 
 // ---- the leaves -----------------------------------------------------------------------------
 
-// Tables of a group whose specs agree on every leaf share a column.
+// Tables of a group whose specs agree, on every leaf that both are about, share a column.
 function columnsOf(group) {
   const columns = [];
   group.tables.forEach((table, position) => {
-    const name = found.tables[table].name;
-    const twin = columns.find((one) => group.leaves.every((leaf) => layoutAt(leaf, position).text === layoutAt(leaf, one.position).text));
-    if (twin) twin.label += `, ${name}`;
-    else columns.push({ position, label: name });
+    const agrees = (column) => group.leaves.every((leaf) => {
+      const [mine, theirs] = [layoutAt(leaf, position), layoutAt(leaf, positionIn(leaf, column))];
+      return !mine || !theirs || mine.text === theirs.text;
+    });
+    const twin = columns.find(agrees);
+    if (twin) twin.positions.push(position);
+    else columns.push({ positions: [position] });
   });
+  for (const column of columns) column.label = column.positions.map((position) => found.tables[group.tables[position]].name).join(", ");
   return columns;
 }
-// Why a row is as it is: the first table that splits the leaf says so, else the last.
+// The table of a column that is about a leaf, by position; undefined if none is.
+const positionIn = (leaf, column) => column.positions.find((position) => known(leaf.layouts[position]));
+const positionsOf = (group, leaf) => group.columns.map((column) => positionIn(leaf, column)).filter(known);
+// Why a row is as it is: the first layout that splits the leaf says so, else the last.
 function deciding(group, leaf) {
-  const position = group.columns.map((column) => column.position).find((at) => layoutAt(leaf, at).spec.length);
-  return layoutAt(leaf, position === undefined ? group.tables.length - 1 : position);
+  const layouts = positionsOf(group, leaf).map((position) => layoutAt(leaf, position));
+  return layouts.find((layout) => layout.spec.length) || layoutsOf(leaf).pop();
 }
 
 // {key, label, value(leaf) for sorting, numeric}; each is a heading that sorts.
@@ -175,9 +186,9 @@ function headingsOf(group) {
     { key: "why", label: "why", value: (leaf) => whyOf(deciding(group, leaf)) },
     { key: "shape", label: "shape", value: (leaf) => sized(leaf.shape) },
     { key: "dims", label: "dims", value: (leaf) => named(leaf.dims) },
-    ...group.columns.flatMap(({ position, label }) => [
-      { key: `layout-${position}`, label: group.columns.length > 1 ? label : "layout", value: (leaf) => layoutAt(leaf, position).text },
-      { key: `device-${position}`, label: "a device", value: (leaf) => leaf.bytes_per_device[position], numeric: true },
+    ...group.columns.flatMap((column) => [
+      { key: `layout-${column.positions[0]}`, label: group.columns.length > 1 ? column.label : "layout", value: (leaf) => layoutAt(leaf, positionIn(leaf, column))?.text ?? "" },
+      { key: `device-${column.positions[0]}`, label: "a device", value: (leaf) => leaf.bytes_per_device[positionIn(leaf, column)] ?? -1, numeric: true },
     ]),
     { key: "bytes", label: "global", value: (leaf) => leaf.bytes, numeric: true },
     { key: "dtype", label: "type", value: (leaf) => leaf.dtype },
@@ -198,7 +209,7 @@ class Leaves {
     this.grid = el("div", { class: "grid", role: "grid", id: `grid-${number}`, "aria-label": `Leaves of ${names}` }, this.top, this.body);
     this.grid.style.setProperty("--layouts", group.columns.length);
     group.columns.forEach((column, i) => this.headings.forEach(({ key: name }, index) =>
-      /^(layout|device)-/.test(name) && name.endsWith(`-${column.position}`) && this.heads[index].style.setProperty("--at", i + 3)));
+      /^(layout|device)-/.test(name) && name.endsWith(`-${column.positions[0]}`) && this.heads[index].style.setProperty("--at", i + 3)));
     this.empty = el("p", { class: "note none" }, "No leaf is like that.");
     this.node = el("div", {}, this.grid, this.empty);
     this.grid.addEventListener("scroll", () => this.draw(), { passive: true });
@@ -260,15 +271,17 @@ class Leaves {
     const leaf = this.shown[index];
     const cut = leaf.path.lastIndexOf("/") + 1;
     const cell = (kind, ...children) => el("div", { role: "gridcell", class: kind }, children);
-    const first = layoutAt(leaf, this.group.columns[0].position);
+    const [first] = layoutsOf(leaf);
     const row = el("div", { role: "row", class: "row", tabindex: index === this.active ? 0 : -1, "data-index": index, "data-path": leaf.path,
       "data-key": first.key || "whole", "aria-rowindex": index + 2 },
       cell("path mono", key(first), el("span", { class: "trunk" }, leaf.path.slice(0, cut)), el("span", { class: "tip" }, leaf.path.slice(cut) || "(root)")),
       cell("why", whyOf(deciding(this.group, leaf))), cell("shape", sized(leaf.shape)), cell("dims", named(leaf.dims)),
-      this.group.columns.map(({ position }, i) => {
+      this.group.columns.map((column, i) => {
+        const position = positionIn(leaf, column);
         const layout = layoutAt(leaf, position);
+        const at = (node) => { node.style.setProperty("--at", i + 3); if (layout) node.dataset.position = position; return node; };
+        if (!layout) return at(cell("layout soft", "none"));
         const share = el("i", { class: "share", "width%": (100 * leaf.bytes_per_device[position]) / this.most });
-        const at = (node) => { node.style.setProperty("--at", i + 3); node.dataset.position = position; return node; };
         return [at(cell("layout", chip(layout))), at(cell("device", el("span", { class: "num" }, bytes(leaf.bytes_per_device[position])), tinted(el("span", { class: "track" }, share), layout.key)))];
       }), cell("bytes num", bytes(leaf.bytes)), cell("dtype", leaf.dtype));
     row.style.top = `${index * ROW}px`;
@@ -284,7 +297,8 @@ class Leaves {
     if (!row) return null;
     const cell = event.target.closest("[data-position]");
     const index = Number(row.dataset.index);
-    return { index, table: this, leaf: this.shown[index], position: cell ? Number(cell.dataset.position) : this.group.columns[0].position };
+    const leaf = this.shown[index];
+    return { index, table: this, leaf, position: cell ? Number(cell.dataset.position) : positionsOf(this.group, leaf)[0] };
   }
   hover(event) {
     const place = this.at(event);
@@ -303,16 +317,16 @@ class Leaves {
     if (!pinned || pinned.leaf !== place.leaf) pin(place);
   }
   press(event) {
-    const { position } = pinned || { position: this.group.columns[0].position };
     const page = Math.max(1, Math.floor(this.grid.clientHeight / ROW) - 2);
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -this.shown.length, End: this.shown.length }[event.key];
     const side = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (step === undefined && side === undefined) return;
     event.preventDefault();
     if (step !== undefined) return this.go(Math.min(this.shown.length - 1, Math.max(0, this.active + step)));
-    const positions = this.group.columns.map((column) => column.position);
-    const next = positions[positions.indexOf(position) + side];
-    if (next !== undefined) pin({ table: this, index: this.active, leaf: this.shown[this.active], position: next });
+    const leaf = this.shown[this.active];
+    const positions = positionsOf(this.group, leaf);
+    const next = positions[positions.indexOf(pinned ? pinned.position : positions[0]) + side];
+    if (next !== undefined) pin({ table: this, index: this.active, leaf, position: next });
   }
   // Moves the focus to a row, and the row into sight.
   go(index) {
@@ -350,7 +364,7 @@ function pin(place) {
 
 function haystacks(group) {
   return group.leaves.map((leaf) => {
-    const layouts = leaf.layouts.map((index) => found.layouts[index]);
+    const layouts = layoutsOf(leaf);
     const parts = { path: leaf.path, dim: named(leaf.dims), spec: [...new Set(layouts.map((layout) => layout.text))].join(" "), shape: sized(leaf.shape), type: leaf.dtype };
     for (const name of Object.keys(parts)) parts[name] = parts[name].toLowerCase();
     parts.all = Object.values(parts).join("\n");
@@ -370,7 +384,7 @@ function leaves() {
   const chosen = new Set();
   const counts = new Map(KEYS.map((name) => [name, 0]));
   for (const group of found.groups) for (const leaf of group.leaves)
-    for (const name of new Set(leaf.layouts.map((index) => found.layouts[index].key))) counts.set(name, counts.get(name) + 1);
+    for (const name of new Set(layoutsOf(leaf).map((layout) => layout.key))) counts.set(name, counts.get(name) + 1);
   const legend = KEYS.map((name) => {
     const button = el("button", { type: "button", class: "key-button", "aria-pressed": "false", "data-key": name || "whole" }, tinted(el("i", { class: "key" }), name), el("b", {}, called(name)),
       el("span", {}, plural(counts.get(name), "leaf", "leaves")));
@@ -381,7 +395,7 @@ function leaves() {
     });
     return tinted(button, name);
   });
-  const parts = found.groups.map((group, number) => {
+  const parts = found.groups.filter((group) => group.leaves.length).map((group, number) => {
     group.columns = columnsOf(group);
     const name = group.tables.map((index) => found.tables[index].name).join(", ");
     const said = el("span", { class: "count", role: "status" });

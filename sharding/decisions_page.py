@@ -3,8 +3,9 @@
 For any pytree: leaves need no dim names and come from no model of ours. The page holds a JSON
 document (``<script id="decisions-data">``) and a script that draws it: the mesh, a legend of
 which mesh axes split a leaf, totals by table, and the leaves. Tables that describe the same
-leaves share a row, and those with equal layouts a column; what describes other leaves (the
-moments of an optimizer) is a part of its own, closed until it is opened.
+leaves, or some of them (what is trained, of a model with batch statistics), share their rows, and
+those with equal layouts a column; what describes other leaves (the moments of an optimizer) is a
+part of its own, closed until it is opened.
 
 Cost: linear in the leaves; equal (spec, rule, reason) are written once. The browser makes elements
 only for the rows in sight, so thousands of leaves scroll as smoothly as ten.
@@ -17,6 +18,8 @@ The document, ``schema`` first::
     layouts:  [{spec: [[axis, …] a dim, …], rule, reason}, …]
     groups:   [{tables: [index, …], leaves: [{path, shape, dtype, dims, bytes,
               layouts: [index a table], bytes_per_device: [bytes a table]}, …]}, …]
+
+Both lists of a leaf follow the tables of its group; null where a table is not about the leaf.
 
 Joining a page to one file, and what keeps a user's strings from being markup, is
 `meshwright.sharding.page`.
@@ -35,7 +38,7 @@ from meshwright.sharding.page import assemble
 from meshwright.sharding.units import format_bytes
 
 if TYPE_CHECKING:
-    from meshwright.sharding.decisions import Decisions
+    from meshwright.sharding.decisions import Decision, Decisions
 
 __all__ = ["decisions_html"]
 
@@ -58,8 +61,8 @@ def decisions_html(
 
     Args:
         tables: (heading, decisions) pairs, such as those of ``params``, ``gradients`` and
-            ``optimizer``, and of the optimizer's state. Those of the same leaves, in the same
-            order, share their rows. The first part is shown open.
+            ``optimizer``, and of the optimizer's state. Those whose leaves are the same, or are
+            among those of another, share their rows. The first part is shown open.
         title: what is sharded, such as a model's name.
         mesh: filled mesh that the decisions were resolved on.
         topology: the hardware, as it is written, or None.
@@ -134,20 +137,47 @@ def _document(
     }
 
 
+def _keys(decisions: Decisions) -> list[Any]:
+    """What makes leaves of two tables the same leaf."""
+    return [(d.leaf.path, d.leaf.shape, d.leaf.dtype, d.leaf.dims) for d in decisions]
+
+
 def _groups(tables: _Tables) -> list[list[int]]:
-    """The tables that describe the same leaves, by position, in the order given."""
-    found: dict[Any, list[int]] = {}
-    for index, (_, decisions) in enumerate(tables):
-        leaves = ((d.leaf.path, d.leaf.shape, d.leaf.dtype, d.leaf.dims) for d in decisions)
-        found.setdefault(tuple(leaves), []).append(index)
-    return list(found.values())
+    """Which tables share rows, by position: those whose leaves are among those of another.
+
+    The first table of a group has all of its leaves.
+    """
+    keys = [_keys(decisions) for _, decisions in tables]
+    found: list[list[int]] = []
+    # Each after those that have more leaves, and otherwise as given.
+    for index in sorted(range(len(tables)), key=lambda i: -len(keys[i])):
+        home = next((group for group in found if _among(keys[index], keys[group[0]])), None)
+        found.append([index]) if home is None else home.append(index)
+    return sorted(([group[0], *sorted(group[1:])] for group in found), key=min)
+
+
+def _among(part: Sequence[Any], leaves: Sequence[Any]) -> bool:
+    if part == leaves:
+        return True
+    known = set(leaves)  # a leaf that is there twice cannot be told apart
+    return (
+        bool(part)
+        and len(known) == len(leaves)
+        and len(set(part)) == len(part)
+        and known.issuperset(part)
+    )
 
 
 def _leaves(group: Sequence[Decisions], layouts: dict[Any, int]) -> list[dict[str, Any]]:
+    first = group[0]
+    columns = [
+        list(decisions) if len(decisions) == len(first) else _spread(decisions, first)
+        for decisions in group
+    ]
     rows = []
-    for made in zip(*group, strict=True):
-        leaf = made[0].leaf
-        keys = [(d.spec, d.rule, d.reason) for d in made]
+    for decision, *made in zip(first, *columns, strict=True):
+        leaf = decision.leaf
+        keys = [d and (d.spec, d.rule, d.reason) for d in made]
         rows.append(
             {
                 "path": leaf.path,
@@ -155,11 +185,17 @@ def _leaves(group: Sequence[Decisions], layouts: dict[Any, int]) -> list[dict[st
                 "dtype": str(leaf.dtype),
                 "dims": None if leaf.dims is None else list(leaf.dims),
                 "bytes": leaf.size_bytes,
-                "layouts": [layouts.setdefault(key, len(layouts)) for key in keys],
-                "bytes_per_device": [d.bytes_per_device for d in made],
+                "layouts": [key and layouts.setdefault(key, len(layouts)) for key in keys],
+                "bytes_per_device": [d and d.bytes_per_device for d in made],
             }
         )
     return rows
+
+
+def _spread(decisions: Decisions, over: Decisions) -> list[Decision | None]:
+    """The decisions beside all leaves of a larger table, None for those they are not about."""
+    found = dict(zip(_keys(decisions), decisions, strict=True))
+    return [found.get(key) for key in _keys(over)]
 
 
 def _layouts(found: dict[Any, int]) -> list[dict[str, Any]]:
@@ -179,13 +215,17 @@ def _as_text(tables: _Tables, document: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=_TEXT_COLUMNS, color_system=None)
     for total in document["tables"]:
         size, part = format_bytes(total["bytes"]), format_bytes(total["bytes_per_device"])
-        line = f"{total['name']}: {total['leaves']} leaves, {size}, {part} a device"
+        leaves = "1 leaf" if total["leaves"] == 1 else f"{total['leaves']} leaves"
+        line = f"{total['name']}: {leaves}, {size}, {part} a device"
         console.print(line, markup=False, highlight=False)
-    for group in document["groups"]:
-        shown = [(tables[i][0], _first(tables[i][1], _TEXT_LEAVES)) for i in group["tables"]]
+    alike: dict[Any, list[tuple[str, Decisions]]] = {}  # rows of text have no empty places
+    for heading, decisions in tables:
+        alike.setdefault(tuple(_keys(decisions)), []).append((heading, decisions))
+    for keys, same in alike.items():
+        shown = [(heading, _first(decisions, _TEXT_LEAVES)) for heading, decisions in same]
         console.print()
         console.print(decisions_table("", shown))
-        left = len(group["leaves"]) - _TEXT_LEAVES
+        left = len(keys) - _TEXT_LEAVES
         if left > 0:
             console.print(f"and {left} more leaves, which need scripts to be shown")
     assert isinstance(console.file, io.StringIO)
