@@ -63,6 +63,7 @@ __all__ = [
     "compile_once",
     "compiled_memory",
     "compute_and_time",
+    "has_narrow_floats",
     "judged",
     "provenance_of",
     "read_program",
@@ -180,8 +181,13 @@ def read_program(
         cost,
         cycles,
         (*found.unread, *cost.unread, *(cycles.unread if cycles else ())),
-        _NARROW.search(compiled.text) is not None,
+        has_narrow_floats(compiled.text),
     )
+
+
+def has_narrow_floats(text: str) -> bool:
+    """Whether a compiled program has floating point under 32 bits, which CPU compilers widen."""
+    return _NARROW.search(text) is not None
 
 
 def traffic_of(
