@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from meshwright.sharding.placement import Constrain as Constrain
     from meshwright.sharding.placement import init_sharded as init_sharded
     from meshwright.sharding.placement import shardings_of as shardings_of
+    from meshwright.sharding.placer import Placer as Placer
+    from meshwright.sharding.placer import TreeLayout as TreeLayout
     from meshwright.sharding.plan_html import report_html as report_html
     from meshwright.sharding.plan_json import report_json as report_json
     from meshwright.sharding.plan_text import print_report as print_report
@@ -83,6 +85,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "PlacementError",
+    "Placer",
     "PlanReport",
     "PlanWarning",
     "Rule",
@@ -96,6 +99,7 @@ __all__ = [
     "Table",
     "Topology",
     "TopologyError",
+    "TreeLayout",
     "analyze",
     "check_mesh",
     "context",
@@ -139,6 +143,7 @@ _MODULE_OF = {
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "PlacementError": "errors",
+    "Placer": "placer",
     "PlanReport": "planned",
     "PlanWarning": "planned",
     "Rule": "rules",
@@ -152,6 +157,7 @@ _MODULE_OF = {
     "Table": "rules",
     "Topology": "topology",
     "TopologyError": "errors",
+    "TreeLayout": "placer",
     "analyze": "analysis",
     "check_mesh": "decisions",
     "context": "strategies",

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meshwright.sharding.dims import Leaf, format_dims, format_shape
 from meshwright.sharding.errors import PlacementError, RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.rules import STANDARD, Rule, Rules, ShapeRule, Table
+from meshwright.sharding.rules import FLAX, STANDARD, Rule, Rules, ShapeRule, Table
 
 __all__ = [
     "Decision",
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _NAMES_SHOWN = 3
+_FAR_BELOW = 8
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def resolve(
     table: Table,
     *,
     check_used: bool = True,
+    beside: Sequence[Leaf] = (),
 ) -> Decisions:
     """Decide where each leaf lives.
 
@@ -143,6 +145,8 @@ def resolve(
         table: which table to apply.
         check_used: refuse rules that decide nothing; for leaves that are only part of what the
             table places (an optimizer without moments has none to split), say False.
+        beside: leaves whose sizes count too where it is asked which leaves are small: of moments,
+            the parameters.
 
     Raises:
         MeshError: a mesh with a size of -1.
@@ -165,6 +169,7 @@ def resolve(
         _check_axes(rules, spec)
     decider = _Decider(rules, spec, table)
     decider.survey(leaves)
+    decider.measure([*leaves, *beside])
     decisions: list[Decision] = []
     failures: list[tuple[Leaf, PlacementError]] = []
     for leaf in leaves:
@@ -242,6 +247,7 @@ class _Decider:
         self._known: dict[Any, tuple[PartitionSpec, str, str, int]] = {}
         self._lookups: dict[str, Rule | None] = {}
         self._common: dict[tuple[str, ...], int] = {}
+        self._small_bytes = self._shape_rule.min_bytes if self._shape_rule else 0
 
     def survey(self, leaves: Sequence[Leaf]) -> None:
         """Note what the sizes that the same axes split have in common, for what errors suggest."""
@@ -251,13 +257,20 @@ class _Decider:
                 if rule and rule.axes:
                     self._common[rule.axes] = math.gcd(self._common.get(rule.axes, 0), size)
 
+    def measure(self, leaves: Sequence[Leaf]) -> None:
+        """Where every leaf is small, as in a test, only those far below the largest are."""
+        sizes = (leaf.size_bytes for leaf in leaves if leaf.dims is None)
+        largest = max(sizes, default=0)
+        if largest < self._small_bytes:
+            self._small_bytes = largest // _FAR_BELOW
+
     def _find(self, name: str) -> Rule | None:
         if name not in self._lookups:
             self._lookups[name] = self.rules.lookup(self.table, name)
         return self._lookups[name]
 
     def decide(self, leaf: Leaf) -> Decision:
-        key = (leaf.shape, leaf.dims, leaf.dtype.itemsize)
+        key = (leaf.shape, leaf.dims, leaf.dtype.itemsize, leaf.by_shape)
         kept = self._kept_whole(leaf)
         found = None if kept else self._known.get(key)
         if found is None:
@@ -357,6 +370,8 @@ class _Decider:
 
     def _by_shape(self, leaf: Leaf) -> Any:
         rule = self._shape_rule
+        if leaf.by_shape and (rule is None or not rule.axes):
+            return self._found([], "whole", "no names asked for, and no strategy splits by shape")
         if rule is None or (not rule.axes and self.rules.splits_parameters):
             folded = ", ".join(f"{name}()" for name, _ in self.rules.strategies) or "none"
             raise PlacementError(
@@ -364,12 +379,13 @@ class _Decider:
                 where=f"shape {format_shape(leaf.shape)}, no dim names, table {self.table}, "
                 f"strategies {folded}",
                 why="rules go by dim names, and none of these strategies splits leaves by shape",
-                fix="name its dims: Flax metadata, or DimPatterns for its path",
+                fix="name its dims (Flax metadata, or DimPatterns for its path), or say that it "
+                f'needs no names: ("{leaf.path}", None)',
             )
         if not rule.axes:
             return self._found([], "whole", f"kept whole by {rule.source}")
-        if leaf.size_bytes < rule.min_bytes:
-            why = f"{leaf.size_bytes} bytes, under the {rule.min_bytes} of {rule.source}"
+        if leaf.size_bytes < self._small_bytes:
+            why = f"{leaf.size_bytes} bytes, under the {self._small_bytes} of {rule.source}"
             return self._found([], "whole", f"small: {why}")
         parts = math.prod(self._sizes[axis] for axis in rule.axes)
         fitting = [index for index, size in enumerate(leaf.shape) if size % parts == 0]
@@ -456,7 +472,13 @@ def _check_used(
         if entry
         for axis in axes_of(entry)
     }
-    wanted = {axis: rule.source for rule in rules.table(table) for axis in rule.axes}
+    # A Flax list serves all tables at once, so none of them needs all of it.
+    wanted = {
+        axis: rule.source
+        for rule in rules.table(table)
+        for axis in rule.axes
+        if not rule.source.startswith(FLAX)
+    }
     shape_rule = rules.shape_rule(table)
     wanted |= dict.fromkeys(shape_rule.axes, shape_rule.source) if shape_rule else {}
     for axis, source in wanted.items():

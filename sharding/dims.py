@@ -25,9 +25,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -62,6 +62,8 @@ class Leaf:
         dtype: element type; a jax extended dtype for RNG keys.
         dims: names of the dimensions, or None if undeclared.
         source: where the dims come from, for the reports.
+        by_shape: its owner said that no names are needed: strategies place it by its shape, and
+            where none of them does it stays whole.
     """
 
     path: str
@@ -69,6 +71,7 @@ class Leaf:
     dtype: Any
     dims: Dims | None = None
     source: str = "no names"
+    by_shape: bool = False
 
     def __post_init__(self) -> None:
         if self.dims is not None and not _is_dims(self.dims):
@@ -99,7 +102,8 @@ class DimPatterns:
 
     Attributes:
         patterns: (pattern, dims) pairs; a pattern must match the whole path, ``*`` matches
-            any run of characters, slashes included.
+            any run of characters, slashes included. Dims of None give no names: what the model
+            declares itself stands, and leaves without names are placed by their shape.
 
     Every array with at least one dimension needs a pattern (or metadata of its own), and
     every pattern must decide something.
@@ -108,9 +112,23 @@ class DimPatterns:
     >>> tree = {"in": {"w": jax.ShapeDtypeStruct((4, 8), "float32")}}
     >>> DimPatterns((("*/w", ("embed", "mlp")),)).apply(describe(tree))[0].dims
     ('embed', 'mlp')
+    >>> DimPatterns.of({"*/w": ("embed", "mlp"), "*": None}).patterns[1]
+    ('*', None)
     """
 
-    patterns: tuple[tuple[str, Dims], ...]
+    patterns: tuple[tuple[str, Dims | None], ...]
+
+    @classmethod
+    def of(cls, patterns: Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]) -> Self:
+        """Patterns from a dict or from pairs, in their order."""
+        pairs = patterns.items() if isinstance(patterns, Mapping) else patterns
+        return cls(
+            tuple((str(pattern), dims if dims is None else tuple(dims)) for pattern, dims in pairs)
+        )
+
+    def covers(self, path: str) -> bool:
+        """Whether one of the patterns matches a path."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern, _ in self.patterns)
 
     def apply(self, leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
         """Name the leaves.
@@ -136,13 +154,16 @@ class DimPatterns:
         for index, (pattern, dims) in enumerate(self.patterns):
             if fnmatch.fnmatchcase(leaf.path, pattern):
                 used.add(index)
+                if dims is None:
+                    return replace(leaf, by_shape=leaf.dims is None)
                 return replace(leaf, dims=tuple(dims), source=f"pattern `{pattern}`")
         if leaf.dims is None and leaf.shape:
             raise DimsError(
                 f"no dims pattern matches `{leaf.path}`",
                 where=f"shape {format_shape(leaf.shape)}, {len(self.patterns)} patterns",
                 why="with patterns given, every array must be named by one",
-                fix=f'add ("{leaf.path}", ({", ".join(["…"] * len(leaf.shape))},))',
+                fix=f'add ("{leaf.path}", ({", ".join(["…"] * len(leaf.shape))},)), or at the end '
+                '("*", None) for leaves that need no names',
             )
         return leaf
 
@@ -202,29 +223,44 @@ def dims_of(tree: Any) -> dict[str, Dims | None]:
     return {leaf.path: leaf.dims for leaf in describe(tree)}
 
 
-def describe_optimizer(state: Any, params: Sequence[Leaf]) -> tuple[Leaf, ...]:
+def describe_optimizer(
+    state: Any, params: Sequence[Leaf], *, anywhere: bool = False
+) -> tuple[Leaf, ...]:
     """Describe an optimizer state, taking dims from the parameters by path and shape.
 
     Args:
         state: an optax state (or any pytree that holds trees shaped like the parameters).
         params: the described parameters.
+        anywhere: the parameters' paths begin with where they lie in a larger tree, so the end of a
+            path is enough, if no other parameter's ends so.
 
     Returns:
         A leaf for each array of the state. Moments have their parameter's dims, factored
         moments the dims that remain; what belongs to no parameter has none.
     """
-    by_path = {leaf.path: leaf for leaf in params}
+    by_path = _by_ends(params) if anywhere else {leaf.path: leaf for leaf in params}
     # Not the state's own metadata: optax keeps a parameter's box around what it reduced, so the
     # names on a factored moment are those of more dims than it has.
     return tuple(_as_moment(leaf, by_path) for leaf in _described(state, metadata=False))
 
 
-def _as_moment(leaf: Leaf, by_path: dict[str, Leaf]) -> Leaf:
+def _by_ends(leaves: Sequence[Leaf]) -> dict[str, Leaf]:
+    """Leaves by every end of their paths that no other leaf's path has."""
+    found: dict[str, Leaf | None] = {}
+    for leaf in leaves:
+        parts = leaf.path.split("/")
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            found[end] = None if end in found else leaf
+    return {end: leaf for end, leaf in found.items() if leaf is not None}
+
+
+def _as_moment(leaf: Leaf, by_path: Mapping[str, Leaf]) -> Leaf:
     parts = leaf.path.split("/")
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
     param = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
     if param is None or param.dims is None:
-        return leaf
+        return replace(leaf, by_shape=param is not None and param.by_shape)
     if leaf.shape == param.shape:
         return replace(leaf, dims=param.dims, source=f"moment of `{param.path}`")
     dropped = _dropped_dim(leaf, param)

@@ -36,7 +36,7 @@ from typing import Literal, cast, get_args
 
 from meshwright.sharding.errors import RulesError, did_you_mean
 
-__all__ = ["STANDARD", "STANDARD_DIMS", "Rule", "Rules", "ShapeRule", "Table"]
+__all__ = ["FLAX", "STANDARD", "STANDARD_DIMS", "Rule", "Rules", "ShapeRule", "Table"]
 
 Table = Literal["params", "gradients", "optimizer", "activations"]
 _TABLES: tuple[Table, ...] = get_args(Table)
@@ -79,6 +79,9 @@ STANDARD = "standard vocabulary"
 
 _USER = "your rule"
 
+FLAX = "read from"
+"""How the source of rules that were read from a Flax list begins."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -115,7 +118,7 @@ class ShapeRule:
     Attributes:
         axes: mesh axes to split over, together.
         min_bytes: leaves smaller than this stay whole: splitting them saves nothing and costs
-            a collective each.
+            a collective each. Where all are smaller, those under an eighth of the largest.
         whole: path patterns of leaves that shall stay whole although no dim can be split.
         source: who says so.
     """
@@ -142,6 +145,7 @@ class Rules:
         splits_parameters: whether any strategy splits parameters or their state by name; until
             one does, every leaf is whole whatever its dims are called, because that is what
             plain data parallelism means.
+        notes: what to know of rules that were written for another engine; see `from_flax`.
 
     >>> Rules().split("params", "mlp", "tensor", "tensor()").lookup("params", "mlp").axes
     ('tensor',)
@@ -154,6 +158,33 @@ class Rules:
     undeclared: tuple[tuple[Table, ShapeRule], ...] = ()
     strategies: tuple[tuple[str, str], ...] = ()
     splits_parameters: bool = False
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_flax(
+        cls,
+        rules: Sequence[tuple[str, str | Sequence[str] | None]],
+        dialect: Literal["linen", "nnx"] = "linen",
+        *,
+        mesh_axes: Sequence[str] = (),
+    ) -> Rules:
+        """Rules from a list written for Flax, with a note of each name that means another thing.
+
+        Args:
+            rules: pairs of a logical name and a mesh axis, several, or None.
+            dialect: whose reading of repeated and unknown names to start from.
+            mesh_axes: for nnx, names that metadata uses for mesh axes themselves.
+
+        Raises:
+            RulesError: a rule that cannot be read, or no such dialect.
+
+        >>> rules = Rules.from_flax([("batch", ("data", "fsdp")), ("embed", "fsdp")])
+        >>> rules.token_axes(), rules.axes_for("params", "embed")
+        (('data', 'fsdp'), ('fsdp',))
+        """
+        from meshwright.sharding.flax_rules import read_flax_rules
+
+        return read_flax_rules(rules, dialect, mesh_axes)
 
     def table(self, name: Table) -> tuple[Rule, ...]:
         """The rules of one table, in order."""

@@ -43,6 +43,7 @@ __all__ = [
     "fold",
     "fsdp",
     "pipeline",
+    "rules_for",
     "sequence",
     "tensor",
     "zero1",
@@ -63,6 +64,38 @@ def fold(*strategies: Strategy, start: Rules | None = None) -> Rules:
         RulesError: the same strategy twice on one axis, or two that exclude each other.
     """
     return reduce(lambda rules, strategy: strategy(rules), strategies, start or Rules())
+
+
+def rules_for(axes: Sequence[str], asked: Sequence[Strategy | str] | None = None) -> Rules:
+    """Rules from a list of strategies and of rules in their written form.
+
+    Args:
+        axes: the mesh's axis names.
+        asked: None, or a list without strategies, for the strategy that each axis is named after.
+
+    Raises:
+        RulesError: an axis that no strategy is named after, or as `fold` and `Rules.with_text`.
+
+    >>> rules_for(("data", "fsdp"), ["params.norm=none"]).strategies
+    (('data', 'data'), ('fsdp', 'fsdp'))
+    """
+    chosen = [one for one in asked or () if not isinstance(one, str)]
+    by_axis = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+    if not chosen:
+        strange = [axis for axis in axes if axis not in by_axis]
+        if strange:
+            raise RulesError(
+                f"no strategy is named after the mesh axis `{strange[0]}`",
+                where=f"mesh axes {', '.join(axes)}, no strategies given",
+                why="without strategies each axis gets the one of its name",
+                fix=f'name the strategy and its axis, such as rules=[data("{strange[0]}")]',
+            )
+        chosen = [by_axis[axis]() for axis in axes]
+    rules = fold(*chosen)
+    for text in asked or ():
+        if isinstance(text, str):
+            rules = rules.with_text(text)
+    return rules
 
 
 def data(axis: str = "data") -> Strategy:

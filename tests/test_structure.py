@@ -30,7 +30,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 HEAVY = ("jax", "flax", "numpy", "optax", "grain", "orbax")
 # The only modules of sharding/ that need jax to be imported.
-WITH_JAX = ("decisions", "dims", "placement", "report")
+WITH_JAX = ("decisions", "dims", "logical", "placement", "placer", "report")
 JAX_FREE = (
     "meshwright",
     *sorted(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from meshwright.train.layout import Layout as Layout
     from meshwright.train.layout import resolve_layout as resolve_layout
     from meshwright.train.loss import token_loss_sum as token_loss_sum
+    from meshwright.train.model_plan import Plan as Plan
+    from meshwright.train.model_plan import plan as plan
+    from meshwright.train.plan_step import ModelState as ModelState
     from meshwright.train.program import Program as Program
     from meshwright.train.replicas import Batch as Batch
     from meshwright.train.run import run_training as run_training
@@ -27,12 +30,15 @@ __all__ = [
     "Batch",
     "Estimate",
     "Layout",
+    "ModelState",
+    "Plan",
     "Program",
     "RunPlan",
     "StepSpec",
     "TrainConfig",
     "TrainState",
     "default_config",
+    "plan",
     "resolve_layout",
     "run_training",
     "token_loss_sum",
@@ -43,12 +49,15 @@ _MODULE_OF = {
     "Batch": "replicas",
     "Estimate": "estimate",
     "Layout": "layout",
+    "ModelState": "plan_step",
+    "Plan": "model_plan",
     "RunPlan": "run_plan",
     "Program": "program",
     "StepSpec": "step",
     "TrainConfig": "config",
     "TrainState": "state",
     "default_config": "config",
+    "plan": "model_plan",
     "resolve_layout": "layout",
     "run_training": "run",
     "token_loss_sum": "loss",

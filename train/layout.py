@@ -43,7 +43,7 @@ from meshwright.sharding.dims import Leaf, describe, describe_optimizer
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 
-__all__ = ["Layout", "resolve_layout", "without_axes"]
+__all__ = ["Layout", "compute_spec", "resolve_layout", "without_axes"]
 
 _EXPERTS = "experts"
 
@@ -80,22 +80,32 @@ class Layout:
 
     def compute_spec(self, decision: Decision) -> PartitionSpec:
         """The layout a matmul needs of a weight, from its layout in another role."""
-        spec, dealt = decision.spec, self.rules.expert_axes()
-        tokens = self.rules.token_axes()
-        if not self.is_dealt(decision.leaf):
-            return without_axes(spec, tokens)
-        dims = decision.leaf.dims or ()
-        entries = [
-            entry_of([a for a in axes_of(e) if a not in tokens or (dim == _EXPERTS and a in dealt)])
-            for dim, e in zip(dims, spec, strict=False)
-        ]
-        return without_axes(PartitionSpec(*entries), ())
+        return compute_spec(decision, self.rules, self.mesh)
 
     def is_dealt(self, leaf: Leaf) -> bool:
         """Whether a parameter is a stack of experts that tokens go to."""
-        axes = self.rules.expert_axes()
-        parts = math.prod(self.mesh.sizes.get(axis, 1) for axis in axes)
-        return parts > 1 and _EXPERTS in (leaf.dims or ())
+        return _is_dealt(leaf, self.rules, self.mesh)
+
+
+def compute_spec(decision: Decision, rules: Rules, mesh: MeshSpec) -> PartitionSpec:
+    """The layout a matmul needs of a weight: its own without the axes that split tokens.
+
+    Of a stack of experts that tokens go to, the dim of the experts stays split.
+    """
+    spec, tokens = decision.spec, rules.token_axes()
+    if not _is_dealt(decision.leaf, rules, mesh):
+        return without_axes(spec, tokens)
+    dealt, dims = rules.expert_axes(), decision.leaf.dims or ()
+    entries = [
+        entry_of([a for a in axes_of(e) if a not in tokens or (dim == _EXPERTS and a in dealt)])
+        for dim, e in zip(dims, spec, strict=False)
+    ]
+    return without_axes(PartitionSpec(*entries), ())
+
+
+def _is_dealt(leaf: Leaf, rules: Rules, mesh: MeshSpec) -> bool:
+    parts = math.prod(mesh.sizes.get(axis, 1) for axis in rules.expert_axes())
+    return parts > 1 and _EXPERTS in (leaf.dims or ())
 
 
 def resolve_layout(
@@ -123,7 +133,7 @@ def resolve_layout(
         working=resolve(leaves, rules, mesh, "params"),
         reduced=resolve(leaves, rules, mesh, "gradients"),
         masters=resolve(leaves, rules, mesh, "optimizer"),
-        moments=resolve(moments, rules, mesh, "optimizer", check_used=False),
+        moments=resolve(moments, rules, mesh, "optimizer", check_used=False, beside=leaves),
     )
 
 

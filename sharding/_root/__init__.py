@@ -1,9 +1,10 @@
 """Parallel training of Flax models on JAX: declare, resolve, train.
 
 ``meshwright.sharding`` is the toolkit, ``meshwright.models`` the decoders, ``meshwright.train``
-the loop. Each is imported on first use, and none of them imports jax before it has to. `RunPlan`
-and `analyze` say what a step will hold, move and take on hardware that is not here: a training
-run's own, and anybody's.
+the loop. Each is imported on first use, and none of them imports jax before it has to. `plan` takes
+a Flax model of yours and returns a `Plan` that makes its state, steps, saves and restores on any
+mesh; a `Placer` only places, for those who keep their own step. `RunPlan` and `analyze` say what a
+step will hold, move and take on hardware that is not here: a training run's own, and anybody's.
 
 >>> import meshwright
 >>> meshwright.sharding.ConfigError.__name__
@@ -20,13 +21,32 @@ if TYPE_CHECKING:
     from meshwright import sharding as sharding
     from meshwright import train as train
     from meshwright.sharding.analysis import analyze as analyze
+    from meshwright.sharding.placer import Placer as Placer
+    from meshwright.train.model_plan import Plan as Plan
+    from meshwright.train.model_plan import plan as plan
     from meshwright.train.run_plan import RunPlan as RunPlan
 
     __version__: str
 
-__all__ = ["RunPlan", "__version__", "analyze", "models", "sharding", "train"]
+__all__ = [
+    "Placer",
+    "Plan",
+    "RunPlan",
+    "__version__",
+    "analyze",
+    "models",
+    "plan",
+    "sharding",
+    "train",
+]
 
-_MODULE_OF = {"RunPlan": "train.run_plan", "analyze": "sharding.analysis"}
+_MODULE_OF = {
+    "Placer": "sharding.placer",
+    "Plan": "train.model_plan",
+    "RunPlan": "train.run_plan",
+    "analyze": "sharding.analysis",
+    "plan": "train.model_plan",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,369 @@
+"""Any tree onto a mesh: decisions, shardings, birth in place, layouts held, batches dealt.
+
+A `Placer` is a mesh with rules, and applies them to whatever pytree it is shown: parameters, a
+Flax ``TrainState``, an ``nnx.Module`` or a tuple of one and its ``nnx.Optimizer``, linen
+variables, an equinox module. Users who keep their own jitted step need nothing else; a
+`meshwright.plan` is built on it.
+
+What is an optimizer's state is told by its place: whatever lies in an optax state or below a name
+``opt_state``. It goes by the ``optimizer`` table and takes its dims from the parameter whose path
+its own ends with; everything else goes by ``params``. Leaves that are no arrays (functions, names,
+numbers that a module carries) are passed by; but a number called ``step`` becomes an array when it
+is born, as it would be one after the first step, and the step would compile twice.
+
+nnx objects are split into their state and merged again, so weights that two modules share are one
+leaf. They are built with nnx's eager sharding off: their metadata names dims, and only the rules
+say what mesh axes these are.
+
+Cost: one abstract trace of a function whose results are to be placed. The alternative, shardings
+read off a first unsharded build, is how large models run out of memory before they train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from meshwright.sharding.decisions import Decision, Decisions, resolve, resolve_dims
+from meshwright.sharding.dims import (
+    DimPatterns,
+    Dims,
+    Leaf,
+    describe,
+    describe_optimizer,
+    format_path,
+)
+from meshwright.sharding.errors import PlacementError
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.rules import Rules
+from meshwright.sharding.strategies import Strategy, rules_for
+from meshwright.sharding.topology import Topology
+
+__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "unannotated"]
+
+Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """Where the leaves of one tree live.
+
+    Attributes:
+        params: decisions by the ``params`` table, of all that is no optimizer state.
+        moments: decisions by the ``optimizer`` table, of the rest.
+        in_order: all of them in the tree's flattening order.
+    """
+
+    params: Decisions
+    moments: Decisions
+    in_order: tuple[Decision, ...]
+
+    def specs(self, tree: Any) -> Any:
+        """The specs in the structure of the tree that was shown; of what is no array, whole."""
+        left = iter(self.in_order)
+        return jax.tree.map(
+            lambda leaf: next(left).spec if is_array(leaf) else PartitionSpec(), tree
+        )
+
+    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+        """As `specs`, on a mesh."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            self.specs(tree),
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+
+@dataclass(frozen=True)
+class Placer:
+    """A mesh and the rules by which trees are laid on it.
+
+    Attributes:
+        mesh: built mesh.
+        rules: folded rules.
+        dims: names for leaves without metadata; None for metadata and shapes alone.
+        batch_dims: names of the dims of a batch's arrays, by path; arrays that no pattern names
+            have rows first.
+
+    >>> import jax.numpy as jnp
+    >>> placer = Placer.on("data=2,fsdp=4")
+    >>> placer.specs({"w": jnp.ones((128, 64))})["w"] == PartitionSpec("fsdp")
+    True
+    """
+
+    mesh: Mesh
+    rules: Rules
+    dims: DimPatterns | None = None
+    batch_dims: tuple[tuple[str, Dims], ...] = ()
+
+    @classmethod
+    def on(
+        cls,
+        mesh: str | MeshSpec | Mesh,
+        rules: Rules | Sequence[Strategy | str] | None = None,
+        *,
+        dims: Patterns | None = None,
+        batch_dims: Mapping[str, Dims] | None = None,
+        topology: str | Topology = "local",
+    ) -> Placer:
+        """A placer from what people write.
+
+        Args:
+            mesh: ``"data=2,fsdp=4"``, a spec, or a mesh that exists.
+            rules: Rules; strategies and rules in their written form; or None for the strategy of
+                each of the mesh's axes.
+            dims: path patterns that name dims.
+            batch_dims: see the class.
+            topology: whose devices to take for a mesh that does not exist yet; this machine's.
+
+        Raises:
+            MeshError, TopologyError, RulesError: what cannot be built or folded.
+        """
+        if not isinstance(mesh, Mesh):
+            spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+            target = Topology.parse(topology) if isinstance(topology, str) else topology
+            devices = target.devices()
+            mesh = spec.fill(len(devices), str(target)).build(devices)
+        if not isinstance(rules, Rules):
+            rules = rules_for(MeshSpec.of(mesh).names, rules)
+        patterns = dims if dims is None or isinstance(dims, DimPatterns) else DimPatterns.of(dims)
+        return cls(mesh, rules, patterns, tuple((batch_dims or {}).items()))
+
+    @property
+    def spec(self) -> MeshSpec:
+        """Names and sizes of the mesh."""
+        return MeshSpec.of(self.mesh)
+
+    def layout(self, tree: Any) -> TreeLayout:
+        """Decide where each leaf of a tree lives.
+
+        Raises:
+            DimsError, RulesError, PlacementError: see `meshwright.sharding.decisions.resolve`.
+        """
+        tree = jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, _state_of(tree))
+        leaves = describe(tree)
+        inside = _optimizer_paths(tree)
+        is_moment = [any(_below(leaf.path, path) for path in inside) for leaf in leaves]
+        params = [leaf for leaf, moment in zip(leaves, is_moment, strict=True) if not moment]
+        params = list(self.dims.apply(params)) if self.dims else params
+        moments = _as_moments(tree, leaves, is_moment, params)
+        found = resolve(params, self.rules, self.spec, "params")
+        rest = resolve(moments, self.rules, self.spec, "optimizer", check_used=False, beside=params)
+        one, other = iter(found), iter(rest)
+        in_order = tuple(next(other) if moment else next(one) for moment in is_moment)
+        return TreeLayout(found, rest, in_order)
+
+    def specs(self, tree: Any) -> Any:
+        """The spec of every leaf, in the structure of the tree (of an nnx object: of its state)."""
+        tree = _state_of(tree)
+        return self.layout(tree).specs(tree)
+
+    def shardings(self, tree: Any) -> Any:
+        """As `specs`, as NamedShardings: what `jax.jit` takes."""
+        tree = _state_of(tree)
+        return self.layout(tree).shardings(tree, self.mesh)
+
+    def init(self, build: Callable[..., Any], *args: Any) -> Any:
+        """Run ``build(*args)`` as one program whose results are born where they are to live.
+
+        Args:
+            build: returns any tree, nnx objects in it too; only jax operations.
+            args: its arguments, typically an RNG key.
+
+        Returns:
+            What ``build`` returns, each array in its layout.
+        """
+        kept: list[Any] = []
+
+        def arrays(*args: Any) -> Any:
+            with unannotated():
+                graph, state = _split(build(*args))
+            state = jax.tree_util.tree_map_with_path(_counted, state)
+            leaves, structure = jax.tree.flatten(state)
+            kept[:] = [graph, structure, [None if is_array(leaf) else leaf for leaf in leaves]]
+            return [leaf for leaf in leaves if is_array(leaf)]
+
+        shapes = jax.eval_shape(arrays, *args)
+        layout = self.layout(_rejoined(shapes, kept[1], kept[2]))
+        shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
+        made = jax.jit(arrays, out_shardings=shardings)(*args)
+        graph, structure, others = kept
+        return _merge(graph, _rejoined(made, structure, others))
+
+    def put(self, tree: Any) -> Any:
+        """Move a tree that exists already to where its leaves are to live; copies every array."""
+        graph, state = _split(tree)
+        leaves, structure = jax.tree.flatten(state)
+        layout = iter(self.layout(state).in_order)
+
+        def put(leaf: Any) -> Any:
+            if not is_array(leaf):
+                return leaf
+            return jax.device_put(
+                leaf, NamedSharding(self.mesh, next(layout).spec), may_alias=False
+            )
+
+        return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
+
+    def hold(self, tree: Any) -> Any:
+        """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
+
+        Without it the compiler chooses where the results of a user's own step live.
+        """
+        nnx = sys.modules.get("flax.nnx")
+        state = _state_of(tree)
+        layout = iter(self.layout(state).in_order)
+
+        def held(leaf: Any) -> Any:
+            if not is_array(leaf):
+                return leaf
+            sharding = NamedSharding(self.mesh, next(layout).spec)
+            return jax.lax.with_sharding_constraint(leaf, sharding)
+
+        after = jax.tree.map(held, state)
+        if state is tree or nnx is None:
+            return after
+        nnx.update(tree, after)
+        return tree
+
+    def batch_shardings(self, batch: Any) -> Any:
+        """The sharding of each array of a batch: rows split over the axes of the dim ``batch``.
+
+        Raises:
+            PlacementError: rows that the axes do not divide.
+        """
+
+        def one(key_path: Any, array: Any) -> NamedSharding:
+            shape = np.shape(array)
+            dims = self._batch_dims(format_path(key_path), len(shape))
+            spec = resolve_dims(dims, shape, self.rules, self.spec, "activations")
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(one, batch)
+
+    def place(self, batch: Any) -> Any:
+        """A host's batch onto the devices, rows dealt over the axes of the dim ``batch``.
+
+        With several processes each passes its own rows, in the order of the processes.
+        """
+        count = jax.process_count()
+        if count == 1:
+            return jax.device_put(batch, self.batch_shardings(batch))
+
+        def whole(x: Any) -> jax.ShapeDtypeStruct:
+            shape = np.shape(x)
+            return jax.ShapeDtypeStruct((shape[0] * count, *shape[1:]) if shape else (), x.dtype)
+
+        shardings = self.batch_shardings(jax.tree.map(whole, batch))
+        return jax.tree.map(
+            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+            batch,
+            shardings,
+        )
+
+    def _batch_dims(self, path: str, rank: int) -> Dims:
+        for pattern, dims in self.batch_dims:
+            named = DimPatterns.of({pattern: dims})
+            if named.covers(path):
+                if len(dims) > rank:
+                    raise PlacementError(
+                        f"cannot name the dims of `{path}` of the batch",
+                        where=f"{rank} dims, pattern `{pattern}`",
+                        why=f"{len(dims)} names for {rank} dims",
+                        fix="give one name a dim, None for one that is never split",
+                    )
+                return (*dims, *[None] * (rank - len(dims)))
+        return ("batch", *[None] * (rank - 1)) if rank else ()
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or the shape of one: what is placed."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+@contextlib.contextmanager
+def unannotated() -> Iterator[None]:
+    """While nnx variables are made in this context their metadata names dims, not mesh axes."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not hasattr(nnx, "use_eager_sharding"):
+        yield
+        return
+    with nnx.use_eager_sharding(False):
+        yield
+
+
+def _counted(key_path: Any, leaf: Any) -> Any:
+    """A Python number called ``step`` as an array; anything else as it is."""
+    named = bool(key_path) and format_path(key_path[-1:]) == "step"
+    return jnp.asarray(leaf) if named and isinstance(leaf, int) else leaf
+
+
+def _has_nnx(tree: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    objects = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Module
+    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, objects))
+    return any(isinstance(node, objects) for node in found)
+
+
+def _split(tree: Any) -> tuple[Any, Any]:
+    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
+    if not _has_nnx(tree):
+        return None, tree
+    return sys.modules["flax.nnx"].split(tree)
+
+
+def _merge(graph: Any, state: Any) -> Any:
+    return state if graph is None else sys.modules["flax.nnx"].merge(graph, state)
+
+
+def _state_of(tree: Any) -> Any:
+    return _split(tree)[1]
+
+
+def _rejoined(arrays: Sequence[Any], structure: Any, others: Sequence[Any]) -> Any:
+    """A tree of arrays and of the leaves that are none."""
+    left = iter(arrays)
+    leaves = [next(left) if other is None else other for other in others]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _is_optimizer(node: Any) -> bool:
+    named = isinstance(node, tuple) and hasattr(node, "_fields")
+    return named and type(node).__module__.partition(".")[0] == "optax"
+
+
+def _optimizer_paths(tree: Any) -> tuple[str, ...]:
+    """Where optimizer states begin in a tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_optimizer)
+    found = {}
+    for key_path, node in flat:
+        names = format_path(key_path).split("/")
+        if "opt_state" in names:
+            found["/".join(names[: names.index("opt_state") + 1])] = None
+        elif _is_optimizer(node):
+            found["/".join(names)] = None
+    return tuple(found)
+
+
+def _below(path: str, parent: str) -> bool:
+    return not parent or path == parent or path.startswith(f"{parent}/")
+
+
+def _as_moments(
+    tree: Any, leaves: Sequence[Leaf], is_moment: Sequence[bool], params: Sequence[Leaf]
+) -> list[Leaf]:
+    """The optimizer's leaves with the dims of the parameters they belong to."""
+    if not any(is_moment):
+        return []
+    named = describe_optimizer(tree, params, anywhere=True)
+    return [leaf for leaf, moment in zip(named, is_moment, strict=True) if moment]

@@ -1,0 +1,116 @@
+"""What a plan says of itself: its decisions as text and as a page, its compiled step as a report.
+
+The report is `meshwright.analyze` of the plan's own step, told what only the plan knows: which
+leaf an array of a collective is. Leaves are known by their shape on a device, whole and in parts; a
+shape that several leaves share names two of them and how many more there are.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meshwright.sharding.analysis import StepFacts, analyze
+from meshwright.sharding.decisions import Decisions
+from meshwright.sharding.errors import RunError
+from meshwright.sharding.hlo import Instruction, Shape
+from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.planned import PlanReport
+from meshwright.sharding.report import decision_json, decisions_table
+from meshwright.sharding.topology import Topology
+from meshwright.sharding.units import format_bytes
+
+if TYPE_CHECKING:
+    from meshwright.train.model_plan import Plan
+
+__all__ = ["explained", "report_of"]
+
+_NAMED = 2
+
+
+def report_of(plan: Plan, topology: str | Topology | None, *, quick: bool = False) -> PlanReport:
+    """Compile a plan's step for hardware and read it; see `Plan.report`."""
+    facts = StepFacts(
+        {"name": f"a plan of a {plan.parts.dialect.name} model"}, leaf_of=_namer(plan)
+    )
+    report = analyze(
+        plan.jitted,
+        plan.shapes,
+        plan.batch_shapes,
+        mesh=plan.spec,
+        topology=topology,
+        facts=facts,
+        quick=quick,
+    )
+    found = [decision_json(decision) for decision in plan.decisions]
+    return _with_decisions(report, tuple(found))
+
+
+def _with_decisions(report: PlanReport, decisions: tuple[Any, ...]) -> PlanReport:
+    from dataclasses import replace
+
+    return replace(report, decisions=decisions)
+
+
+def _namer(plan: Plan) -> Any:
+    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for decision in plan.decisions:
+        shape = tuple(sorted(size for size in decision.leaf.shape if size != 1))
+        if shape:
+            by_shape[shape].append(decision.leaf.path)
+
+    def name(_: Instruction, shape: Shape) -> str:
+        found = by_shape.get(tuple(sorted(size for size in shape.dims if size != 1)), [])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return " or ".join(found[:_NAMED]) + more
+
+    return name
+
+
+def explained(plan: Plan, html: str | Path | None) -> str:
+    """The table of a plan's decisions; see `meshwright.train.model_plan.Plan.explain`."""
+    from rich.console import Console
+
+    if html is not None:
+        _write_page(plan, Path(html))
+    written = io.StringIO()
+    console = Console(file=written, width=120)
+    title = f"a {plan.parts.dialect.name} model on {plan.spec}"
+    console.print(decisions_table(title, [("params", plan.decisions)]))
+    console.print(_totals(plan), highlight=False, style="dim")
+    for note in plan.rules.notes:
+        console.print(f"note: {note}", highlight=False)
+    return written.getvalue()
+
+
+def _totals(plan: Plan) -> str:
+    parts = (("model", plan.decisions), ("optimizer", plan.moments))
+    told = [
+        f"{name} {format_bytes(found.bytes_per_device)} of {format_bytes(found.size_bytes)}"
+        for name, found in parts
+    ]
+    return f"a device holds {', '.join(told)}"
+
+
+def _tables(plan: Plan) -> list[tuple[str, Decisions]]:
+    return [
+        ("params", plan.decisions),
+        ("gradients", plan.gradients_at),
+        ("updated as", plan.updated_at),
+        ("moments", plan.moments),
+    ]
+
+
+def _write_page(plan: Plan, path: Path) -> None:
+    from meshwright.sharding.decisions_html import decisions_html
+
+    title = f"A {plan.parts.dialect.name} model on {plan.spec}"
+    page = decisions_html(_tables(plan), title=title, mesh=MeshSpec(plan.spec.axes))
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"cannot write `{path}`", why=error.strerror or str(error), fix="use another file"
+        ) from error
