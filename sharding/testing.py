@@ -34,7 +34,7 @@ from meshwright.sharding.testing_collectives import assert_collectives
 from meshwright.sharding.testing_compiles import assert_no_recompile
 from meshwright.sharding.testing_numbers import assert_same_as_one_device
 from meshwright.sharding.testing_plan import PlanLike, tables_of
-from meshwright.sharding.testing_table import format_table
+from meshwright.sharding.testing_table import counted, format_table
 from meshwright.sharding.units import format_bytes
 
 __all__ = [
@@ -82,7 +82,7 @@ def assert_specs(
     _check_patterns(wanted, used, paths, "is decided by an earlier pattern")
     if rows:
         raise AssertionError(
-            f"{len(rows)} of {len(decisions)} leaves lie elsewhere than expected "
+            f"{len(rows)} of {counted(len(decisions), 'leaf', 'leaves')} not where expected "
             f"(table {decisions.table}, mesh {decisions.mesh})\n"
             + format_table(["leaf", "shape", "expected", "found", "why"], rows)
         )
@@ -142,8 +142,8 @@ def assert_nothing_replicated(
     ]
     total = sum(one.leaf.size_bytes for _, one in found)
     raise AssertionError(
-        f"{len(found)} leaves over {format_bytes(over_bytes)} are whole on each of "
-        f"{mesh.device_count} devices, {format_bytes(total)} in all (mesh {mesh})\n"
+        f"{counted(len(found), 'leaf', 'leaves')} over {format_bytes(over_bytes)} whole on each "
+        f"of {mesh.device_count} devices, {format_bytes(total)} in all (mesh {mesh})\n"
         + format_table(["table", "leaf", "shape", "bytes", "why"], rows, right=["bytes"])
     )
 

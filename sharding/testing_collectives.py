@@ -15,27 +15,31 @@ these would hide what costs. What is small is the caller's to say.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from meshwright.sharding.analysis import analyze, has_narrow_floats
 from meshwright.sharding.bounds import wire_by_axis
-from meshwright.sharding.collectives import collectives_of
+from meshwright.sharding.collectives import LeafOf, collectives_of
+from meshwright.sharding.dims import format_path
 from meshwright.sharding.errors import ConfigError, did_you_mean
-from meshwright.sharding.hlo import parse_module
+from meshwright.sharding.hlo import Instruction, Shape, parse_module
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, PlanReport
 from meshwright.sharding.testing_plan import PlanLike
-from meshwright.sharding.testing_table import format_table, shown_source
+from meshwright.sharding.testing_table import counted, format_table, shown_source
 from meshwright.sharding.units import format_bytes
 
 __all__ = ["assert_collectives"]
 
 _KINDS: tuple[str, ...] = get_args(Kind)
+_NAMED = 2
 # Differs from the default of no option in nothing but that jax keeps the result apart.
 _APART = {"xla_embed_ir_in_executable": False}
 
@@ -161,7 +165,8 @@ def _compiled_here(jitted: Any, args: Sequence[Any], mesh: Mesh) -> _Program:
         jax.config.update(option, before)
     spec, platform = MeshSpec.of(mesh), mesh.devices.flat[0].platform
     simulated = platform == "cpu"
-    found = collectives_of(parse_module(text), spec, simulated=simulated)
+    leaf_of = _namer(jitted, args)
+    found = collectives_of(parse_module(text), spec, simulated=simulated, leaf_of=leaf_of)
     return _Program(
         found.collectives,
         spec.sizes,
@@ -169,6 +174,40 @@ def _compiled_here(jitted: Any, args: Sequence[Any], mesh: Mesh) -> _Program:
         not (simulated and has_narrow_floats(text)),
         found.unread,
     )
+
+
+def _namer(jitted: Any, args: Sequence[Any]) -> LeafOf:
+    """Names an array by the arguments of its shape, whole or on a device; two at the most."""
+    whole: dict[tuple[int, ...], list[str]] = {}
+    parts: dict[tuple[int, ...], list[str]] = {}
+    names = _argument_names(jitted, len(args))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(zip(names, args, strict=True))):
+        shape, sharding = np.shape(leaf), getattr(leaf, "sharding", None)
+        whole.setdefault(_sizes(shape), []).append(format_path(path))
+        if sharding is not None:
+            local = sharding.shard_shape(shape)
+            parts.setdefault(_sizes(local), []).append(format_path(path))
+
+    def name(_: Instruction, shape: Shape) -> str:
+        sizes = _sizes(shape.dims)
+        found = (whole.get(sizes) or parts.get(sizes) or []) if sizes else []
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return " or ".join(found[:_NAMED]) + more
+
+    return name
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as far as compilers keep it: they transpose, and drop dims of 1."""
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def _argument_names(jitted: Any, count: int) -> list[str]:
+    try:
+        names = list(inspect.signature(jitted).parameters)
+    except (TypeError, ValueError):
+        names = []
+    return [names[n] if n < len(names) else str(n) for n in range(count)]
 
 
 def _mesh_of(args: Sequence[Any]) -> Any:
@@ -238,7 +277,8 @@ def _not_allowed(found: _Program, allowed: Mapping[str, Sequence[str]], over_byt
     told = "; ".join(f"{axis}: {', '.join(kinds) or 'none'}" for axis, kinds in allowed.items())
     headings = ["axes", "kind", "times", "bytes each", "phase", "source", "leaf"]
     return (
-        f"{len(rows)} collectives of the compiled step are not allowed "
+        f"{counted(len(rows), 'collective')} of the compiled step "
+        f"{'is' if len(rows) == 1 else 'are'} not allowed "
         f"(mesh {_written(found.sizes)}, compiled for {found.on})\n"
         + format_table(headings, rows, right=["times", "bytes each"])
         + f"\nallowed: {told or 'none'}; and whatever moves {format_bytes(over_bytes)} or less"

@@ -15,6 +15,8 @@ what surrounds it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ from meshwright.sharding.testing_table import format_table, shortened
 __all__ = ["assert_no_recompile"]
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_TREES = "the trees"
 _SHOWN = 40  # characters of a fact
 _Facts = dict[str, dict[str, str]]
 
@@ -42,8 +45,8 @@ def assert_no_recompile(
     """Run a step over batches and hold that nothing compiles after the first of them.
 
     Args:
-        step: a function of (state, batch) that returns the next state, alone or first of a tuple;
-            of a batch alone, if there is no state; or a plan.
+        step: a function of (state, batch) that returns the next state, alone or first of a tuple,
+            or changes nnx objects in place; of a batch alone, if there is no state; or a plan.
         batches: two or more, as they come in training, the last and smaller one included.
         state: the first one; of a plan, ``plan.init`` of a key by default.
 
@@ -52,12 +55,10 @@ def assert_no_recompile(
             from the call before that is most like it.
         ConfigError: fewer than two batches.
     """
+    call: Any = step
     if isinstance(step, PlanLike):
-        plan = step
-        state = plan.init(jax.random.key(0)) if state is None else state
-        call: Callable[..., Any] = lambda state, batch: plan.step(state, plan.place(batch))  # noqa: E731
-    else:
-        call = step
+        state = step.init(jax.random.key(0)) if state is None else state
+        call = functools.partial(_placed_step, step)
     has_state = state is not None
     before: list[_Facts] = []
     for number, batch in enumerate(batches):
@@ -65,7 +66,7 @@ def assert_no_recompile(
         with _compilations() as counted:
             out = call(state, batch) if has_state else call(batch)
         if has_state:
-            state = out[0] if type(out) is tuple else out
+            state = _next(state, out)
         del out
         if before and counted:
             raise AssertionError(_told(number, len(counted), before, facts))
@@ -79,13 +80,29 @@ def assert_no_recompile(
         )
 
 
+def _next(state: Any, out: Any) -> Any:
+    """The next state in what a step returned; of nnx objects, which change in place, the same."""
+    first = out[0] if type(out) is tuple and out else out
+    for one in (out, first):
+        if jax.tree.structure(one) == jax.tree.structure(state):
+            return one
+    nnx = sys.modules.get("flax.nnx")
+    objects = () if nnx is None else (nnx.Pytree,)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, objects))
+    return state if any(isinstance(node, objects) for node in nodes) else first
+
+
+def _placed_step(plan: PlanLike, state: Any, batch: Any) -> Any:
+    return plan.step(state, plan.place(batch))
+
+
 @contextlib.contextmanager
 def _compilations() -> Iterator[list[str]]:
     """Names of what is compiled within, one for each compilation."""
     found: list[str] = []
 
-    def listen(event: str, duration: float, **details: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
+        del duration_secs
         if event == _COMPILED:
             found.append(str(details.get("fun_name", "")))
 
@@ -110,8 +127,8 @@ def _told(number: int, compiled: int, before: list[_Facts], facts: _Facts) -> st
     """The message: what differs from the earlier call that is most like this one."""
     changes = [_changes(earlier, facts) for earlier in before]
     nearest = min(range(len(before)), key=lambda n: (len(changes[n]), -n))
-    times = "once" if compiled == 1 else f"{compiled} times"
-    head = f"the step compiled again at batch {number}, {times}; only batch 0 may compile"
+    programs = f", {compiled} programs" if compiled > 1 else ""
+    head = f"the step compiled again at batch {number}{programs}; only batch 0 may compile"
     if not changes[nearest]:
         return (
             f"{head}\nno argument differs from those of batch {nearest} in shape, dtype, sharding "
@@ -134,7 +151,9 @@ def _changes(earlier: _Facts, now: _Facts) -> list[_Change]:
             a, b = earlier[path].get(what, "none"), now[path].get(what, "none")
             if a != b:
                 found.append(_Change(path, what, *_apart(a, b)))
-    return found
+    # Where a leaf came or went, the trees differ anyway.
+    told = [change for change in found if change.argument != _TREES]
+    return told if any(change.what == "structure" for change in told) else found
 
 
 def _apart(a: str, b: str) -> tuple[str, str]:
@@ -151,7 +170,7 @@ def _facts(arguments: dict[str, Any]) -> _Facts:
     """What of each argument decides whether a compiled program serves it."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(arguments)
     found = {format_path(path): _leaf_facts(leaf) for path, leaf in leaves}
-    found["the trees"] = {"static parts": str(structure)}
+    found[_TREES] = {"static parts": str(structure)}
     return found
 
 

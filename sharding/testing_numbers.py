@@ -7,8 +7,10 @@ leaf of what comes out is compared.
 
 **What is compared how.** The difference of a leaf is its largest absolute difference over the
 largest entry of one device's leaf: entries that ought to be zero have no relative error worth the
-name. Integers, booleans and keys must be equal. Floating point under 32 bits is allowed two units
-in its last place, whatever tolerance is asked for. NaN equals NaN.
+name. A gradient's scale is at least a hundredth of the largest gradient's, as some are zero but
+for rounding, such as a bias before a normalisation. Integers, booleans and keys must be equal.
+Floating point under 32 bits is allowed two units in its last place, whatever tolerance is asked
+for. NaN equals NaN.
 
 **Under which conditions.** On one device the mesh has the same axes, each of size 1, and the
 function is traced with the rules in force: it may name axes (``jax.lax.psum(x, "data")`` inside
@@ -50,6 +52,7 @@ MESHES = ("data=8", "data=2,fsdp=4")
 """Meshes that a function is tried on if nobody says."""
 
 _WORST = 5  # leaves shown of a mesh
+_NOISE = 0.01
 
 
 def assert_same_as_one_device(
@@ -318,15 +321,17 @@ class _Difference:
         return not self.relative <= self.allowed
 
     @classmethod
-    def of(cls, path: str, one: np.ndarray, other: np.ndarray, rtol: float) -> _Difference:
+    def of(
+        cls, path: str, one: np.ndarray, other: np.ndarray, rtol: float, least: float
+    ) -> _Difference:
         kind = f"{format_shape(one.shape)} {one.dtype}"
         if one.shape != other.shape or one.dtype != other.dtype:
             now = f"{format_shape(other.shape)} {other.dtype}"
             return cls(path, kind, np.inf, 0.0, "shape", kind, now)
         exact = not jnp.issubdtype(one.dtype, jnp.inexact)
         if exact:
-            off, largest, allowed = (one != other).astype(np.float64), one.size, 0.0
-            relative = float(off.sum()) / max(largest, 1)
+            off, allowed = (one != other).astype(np.float64), 0.0
+            relative = float(off.sum()) / max(one.size, 1)
         else:
             allowed = max(rtol, 2 * float(jnp.finfo(one.dtype).eps) if one.itemsize < 4 else 0.0)
             wide = np.complex128 if jnp.issubdtype(one.dtype, jnp.complexfloating) else np.float64
@@ -334,8 +339,7 @@ class _Difference:
             with np.errstate(invalid="ignore"):
                 off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
             off = np.where(np.isnan(off), np.inf, off)
-            largest = np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
-            relative = float(np.max(off, initial=0.0) / (largest or 1.0))
+            relative = float(np.max(off, initial=0.0) / (max(_largest(one), least) or 1.0))
         at = np.unravel_index(int(np.argmax(off)), off.shape) if off.size else ()
         where = str([int(n) for n in at]) if at else ""
         return cls(path, kind, relative, allowed, where, _entry(one, at), _entry(other, at))
@@ -352,7 +356,18 @@ def _differences(
     one: dict[str, np.ndarray], other: dict[str, np.ndarray], rtol: float
 ) -> list[_Difference]:
     assert list(one) == list(other)  # one function, one structure
-    return [_Difference.of(path, one[path], other[path], rtol) for path in one]
+    gradients = [path for path in one if path.partition("/")[0] == "gradients"]
+    least = _NOISE * max((_largest(one[path]) for path in gradients), default=0.0)
+    return [
+        _Difference.of(path, one[path], other[path], rtol, least if path in gradients else 0.0)
+        for path in one
+    ]
+
+
+def _largest(array: np.ndarray) -> float:
+    """The largest finite magnitude of floating point or complex numbers."""
+    wide = np.abs(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
+    return float(np.max(wide, initial=0.0, where=np.isfinite(wide)))
 
 
 def _judge(what: str, found: dict[str, list[_Difference]]) -> None:

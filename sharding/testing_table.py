@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 
-__all__ = ["WIDTH", "format_table", "shortened", "shown_source"]
+__all__ = ["WIDTH", "counted", "format_table", "shortened", "shown_source"]
 
 WIDTH = 100
 """Columns of a table."""
@@ -67,6 +67,15 @@ def shortened(text: str, width: int, *, tail: bool = False) -> str:
     if len(text) <= width:
         return text
     return "…" + text[len(text) - width + 1 :] if tail else text[: width - 1] + "…"
+
+
+def counted(count: int, one: str, more: str = "") -> str:
+    """A number with its noun.
+
+    >>> counted(1, "leaf", "leaves"), counted(2, "collective")
+    ('1 leaf', '2 collectives')
+    """
+    return f"{count} {one if count == 1 else more or one + 's'}"
 
 
 def shown_source(source: str) -> str:

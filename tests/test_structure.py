@@ -30,7 +30,18 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 HEAVY = ("jax", "flax", "numpy", "optax", "grain", "orbax")
 # The only modules of sharding/ that need jax to be imported.
-WITH_JAX = ("decisions", "dims", "logical", "placement", "placer", "report")
+WITH_JAX = (
+    "decisions",
+    "dims",
+    "logical",
+    "placement",
+    "placer",
+    "report",
+    "testing",
+    "testing_collectives",
+    "testing_compiles",
+    "testing_numbers",
+)
 JAX_FREE = (
     "meshwright",
     *sorted(
