@@ -25,7 +25,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -256,11 +256,13 @@ def _by_ends(leaves: Sequence[Leaf]) -> dict[str, Leaf]:
 
 
 def _as_moment(leaf: Leaf, by_path: Mapping[str, Leaf]) -> Leaf:
-    parts = leaf.path.split("/")
-    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
-    param = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
-    if param is None or param.dims is None:
-        return replace(leaf, by_shape=param is not None and param.by_shape)
+    end = leaf.path
+    while (param := by_path.get(end)) is None and "/" in end:
+        end = end.partition("/")[2]
+    if param is None:
+        return leaf
+    if param.dims is None:
+        return replace(leaf, by_shape=True) if param.by_shape else leaf
     if leaf.shape == param.shape:
         return replace(leaf, dims=param.dims, source=f"moment of `{param.path}`")
     dropped = _dropped_dim(leaf, param)
@@ -357,18 +359,16 @@ def _is_dims(node: Any) -> bool:
 
 def format_path(key_path: Sequence[Any]) -> str:
     """Join jax's path keys with ``/``, as bare names: ``layers/0/attn/wq``."""
-    parts = []
-    for key in key_path:
-        match key:
-            case jax.tree_util.DictKey(key=name) | jax.tree_util.FlattenedIndexKey(key=name):
-                parts.append(str(name))
-            case jax.tree_util.GetAttrKey(name=name):
-                parts.append(str(name))
-            case jax.tree_util.SequenceKey(idx=index):
-                parts.append(str(index))
-            case _:
-                parts.append(str(key))
-    return "/".join(parts)
+    return "/".join([_NAME_OF.get(type(key), str)(key) for key in key_path])
+
+
+# A table and not a match statement: large models have a hundred thousand of these.
+_NAME_OF: dict[type, Callable[[Any], str]] = {
+    jax.tree_util.DictKey: lambda key: str(key.key),
+    jax.tree_util.FlattenedIndexKey: lambda key: str(key.key),
+    jax.tree_util.GetAttrKey: lambda key: str(key.name),
+    jax.tree_util.SequenceKey: lambda key: str(key.idx),
+}
 
 
 def format_shape(shape: Sequence[int]) -> str:

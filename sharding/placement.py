@@ -29,7 +29,7 @@ __all__ = ["Constrain", "init_sharded", "shardings_of"]
 
 
 def shardings_of(decisions: Decisions, tree: Any, mesh: Mesh) -> Any:
-    """Return the NamedShardings of a tree: what `jax.jit` takes as in_ and out_shardings."""
+    """Return the NamedShardings of a tree, for `jax.jit`'s in and out shardings."""
     return decisions.shardings(tree, mesh)
 
 

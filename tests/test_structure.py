@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room may import the rooms before it, never one after it.
 ROOMS = ("sharding", "models", "train", "scripts")
 PACKAGES = ("meshwright", "meshwright.sharding", "meshwright.models", "meshwright.train")
-SOURCES = sorted(path for room in (*ROOMS, "tests") for path in ROOT.joinpath(room).rglob("*.py"))
+OTHERS = ("docs", "tests")
+SOURCES = sorted(path for room in (*ROOMS, *OTHERS) for path in ROOT.joinpath(room).rglob("*.py"))
 MODULES = [path for path in SOURCES if path.parent.name in ROOMS]
 
 MAX_FILE_LINES = 500

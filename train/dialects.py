@@ -24,6 +24,7 @@ with the shardings of its results. A model that exists already is taken with its
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -119,12 +120,9 @@ def _maker(model: Any) -> Callable[[Any], Any]:
     """A class or function as a function of a key."""
     name = getattr(model, "__name__", type(model).__name__)
     try:
-        # Of a class its own constructor's: a metaclass' call takes anything.
-        made = model.__init__ if isinstance(model, type) else model
-        parameters = dict(inspect.signature(made).parameters)
+        parameters = _parameters_of(model)
     except (TypeError, ValueError):
         return model
-    parameters.pop("self", None)
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [
         p.name
@@ -145,6 +143,16 @@ def _maker(model: Any) -> Callable[[Any], Any]:
         why="only a key (or rngs) is there to give",
         fix=f"pass a function of the key: lambda rngs: {name}(…, rngs=rngs)",
     )
+
+
+def _parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a call; of a class its own constructor's, as a metaclass' takes anything."""
+    if isinstance(model, type):
+        return inspect.signature(functools.partial(model.__init__, None)).parameters
+    if isinstance(model, functools.partial) and isinstance(model.func, type):
+        bound = functools.partial(model.func.__init__, None, *model.args, **model.keywords)
+        return inspect.signature(bound).parameters
+    return inspect.signature(model).parameters
 
 
 def _rngs(key: Any) -> Any:
@@ -293,8 +301,8 @@ def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
 
     def after(variables: Any, changed: Any, rest: Any) -> Any:
         del variables
-        new = _unboxed(dict(changed or {}))
-        return {name: new.get(name, old) for name, old in rest.items()}
+        new = {**rest, **_unboxed(dict(changed or {}))}
+        return {name: _like(old, new[name], name) for name, old in rest.items()}
 
     others = {name: tree for name, tree in boxed.items() if name != "params"}
     return Dialect(
@@ -307,6 +315,18 @@ def _of_variables(boxed: Any, make: Callable[[Any], Any] | None) -> Dialect:
         after,
         lambda variables: variables,
     )
+
+
+def _like(old: Any, new: Any, name: str) -> Any:
+    """A collection's new arrays in the structure it had: ``apply`` may return other mappings."""
+    leaves, structure = jax.tree.leaves(new), jax.tree.structure(old)
+    if len(leaves) != structure.num_leaves:
+        raise ConfigError(
+            f"cannot take the collection `{name}` that the loss returned",
+            why=f"it has {len(leaves)} arrays, the model's has {structure.num_leaves}",
+            fix="return it as `apply` does with mutable=, or make it in init already",
+        )
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _changed(model: Any, changed: Any) -> Any:
