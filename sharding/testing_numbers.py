@@ -105,20 +105,38 @@ def assert_same_as_one_device(
         one, other = (_steps(plan, args, key, steps, gradients) for plan in (fn.one_device(), fn))
         _judge("the plan", {str(fn.spec): _differences(one, other, rtol)})
         return
+    found = _on_meshes(fn, args, MESHES if meshes is None else meshes, rules, dims, rtol, gradients)
+    _judge(f"`{getattr(fn, '__name__', 'the function')}`", found)
+
+
+def _on_meshes(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    meshes: Sequence[str | MeshSpec | Mesh] | str,
+    rules: Any,
+    dims: Any,
+    rtol: float,
+    gradients: bool,
+) -> dict[str, list[_Difference]]:
+    """What of a function differs, by mesh; one device is computed once for the same axes."""
     _need(args, "the parameters, then the batch", "assert_same_as_one_device(fn, params, batch)")
     function = _Function.of(fn, args[0])
     found: dict[str, list[_Difference]] = {}
     alone: dict[tuple[str, ...], dict[str, Any]] = {}
-    for written in MESHES if meshes is None else (meshes,) if isinstance(meshes, str) else meshes:
+    for written in (meshes,) if isinstance(meshes, str) else meshes:
         placer = Placer.on(_built(written), rules, dims=dims)
         names = placer.spec.names
         if names not in alone:
-            single = MeshSpec(tuple((name, 1) for name in names))
-            first = single.build(list(placer.mesh.devices.flat)[:1])
-            alone[names] = _run(function, args[1:], replace(placer, mesh=first), gradients)
+            alone[names] = _run(function, args[1:], _single(placer), gradients)
         ran = _run(function, args[1:], placer, gradients)
         found[str(placer.spec)] = _differences(alone[names], ran, rtol)
-    _judge(f"`{getattr(fn, '__name__', 'the function')}`", found)
+    return found
+
+
+def _single(placer: Placer) -> Placer:
+    """The same axes, each of size 1, on the first device."""
+    spec = MeshSpec(tuple((name, 1) for name in placer.spec.names))
+    return replace(placer, mesh=spec.build(list(placer.mesh.devices.flat)[:1]))
 
 
 def _built(mesh: str | MeshSpec | Mesh) -> Mesh:

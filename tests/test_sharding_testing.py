@@ -42,7 +42,7 @@ def message(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_it_is_where_users_look_for_it() -> None:
-    assert meshwright.testing.assert_specs is meshwright.sharding.testing.assert_specs
+    assert meshwright.testing.assert_specs is testing.assert_specs
     assert meshwright.testing.__all__ == testing.__all__
     program = "import sys; import meshwright.testing; assert 'pytest' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
