@@ -104,16 +104,14 @@ def pytest_configure(config: pytest.Config) -> None:
         _simulate(asked.option, config)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Iterator[None]:
+# The older kind of wrapper, which every pytest from 7.0 on knows.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """Note which module starts jax's backend while it is collected."""
-    report: Any = yield
+    yield
     asked = collector.config.stash[_ASKED]
     if not asked.starter and _has_started():
         asked.starter = f"while {collector.nodeid or 'the tests'} was collected"
-    return report
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

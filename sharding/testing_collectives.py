@@ -32,7 +32,7 @@ from meshwright.sharding.errors import ConfigError, did_you_mean
 from meshwright.sharding.hlo import Instruction, Shape, parse_module
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, PlanReport
-from meshwright.sharding.testing_plan import PlanLike
+from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import counted, format_table, shown_source
 from meshwright.sharding.units import format_bytes
 
@@ -130,7 +130,7 @@ def _program(
     mesh: Mesh | AbstractMesh | MeshSpec | None,
     topology: str | None,
 ) -> _Program:
-    if isinstance(plan_or_jitted, PlanLike):
+    if is_plan(plan_or_jitted):
         if args or mesh is not None:
             raise ConfigError(
                 "a plan has its arguments and its mesh already",

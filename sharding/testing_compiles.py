@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 
 from meshwright.sharding.dims import format_path, format_shape
 from meshwright.sharding.errors import ConfigError
-from meshwright.sharding.testing_plan import PlanLike
+from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import format_table, shortened
 
 __all__ = ["assert_no_recompile"]
@@ -56,7 +56,7 @@ def assert_no_recompile(
         ConfigError: fewer than two batches.
     """
     call: Any = step
-    if isinstance(step, PlanLike):
+    if is_plan(step):
         state = step.init(jax.random.key(0)) if state is None else state
         call = functools.partial(_placed_step, step)
     has_state = state is not None

@@ -38,7 +38,7 @@ from meshwright.sharding.logical import check_constraints, resolving
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import Constrain
 from meshwright.sharding.placer import Placer, is_array, unannotated
-from meshwright.sharding.testing_plan import PlanLike
+from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import format_table
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def assert_same_as_one_device(
         TopologyError: fewer devices than a mesh has.
         RulesError, PlacementError: rules that do not suit ``params``, rows that do not divide.
     """
-    if isinstance(fn, PlanLike):
+    if is_plan(fn):
         if meshes is not None or rules is not None or dims is not None:
             raise ConfigError(
                 "a plan has its mesh, rules and dims already",
@@ -110,7 +110,7 @@ def assert_same_as_one_device(
 
 
 def _on_meshes(
-    fn: Callable[..., Any],
+    fn: Any,
     args: Sequence[Any],
     meshes: Sequence[str | MeshSpec | Mesh] | str,
     rules: Any,
@@ -257,11 +257,11 @@ def _run(
         _nothing_to_differentiate("the first argument has no array of floating point")
     jitted = jax.jit(jax.value_and_grad(run, has_aux=True) if gradients else run)
     given = (trained, fixed, *placed[1:])
-    check_constraints(jitted.trace(*given).jaxpr)
     try:
+        check_constraints(jitted.trace(*given).jaxpr)
         found = jitted(*given)
     except Exception as error:
-        error.add_note(f"while comparing with one device, on the mesh {placer.spec}")
+        error.add_note(f"on the mesh {placer.spec}, to compare meshes with one device")
         raise
     (_, (out, after)), grads = found if gradients else (found, None)
     return _named(output=out, after=after, gradients=grads)

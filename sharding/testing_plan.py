@@ -6,7 +6,7 @@ with a trainer of its own passes any object with these members.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from meshwright.sharding.errors import ConfigError
 
@@ -18,10 +18,23 @@ if TYPE_CHECKING:
     from meshwright.sharding.planned import PlanReport
     from meshwright.sharding.rules import Rules
 
-__all__ = ["PlanLike", "tables_of"]
+__all__ = ["PlanLike", "is_plan", "tables_of"]
+
+_MEMBERS = (
+    "spec",
+    "mesh",
+    "rules",
+    "decisions",
+    "moments",
+    "init",
+    "place",
+    "step",
+    "gradients",
+    "one_device",
+    "report",
+)
 
 
-@runtime_checkable
 class PlanLike(Protocol):
     """A model resolved on a mesh, with the step it compiles to."""
 
@@ -75,6 +88,15 @@ class PlanLike(Protocol):
         ...
 
 
+def is_plan(value: object) -> TypeGuard[PlanLike]:
+    """Whether a value has what a plan has, itself or through ``__getattr__``.
+
+    ``isinstance`` with a protocol looks at the class alone from Python 3.12 on, which leaves out
+    objects that wrap a plan.
+    """
+    return all(hasattr(value, name) for name in _MEMBERS)
+
+
 def tables_of(plan_or_decisions: Any, *, moments: bool) -> tuple[Decisions, ...]:
     """The decisions of a plan, with its moments' or without; decisions as they are.
 
@@ -85,7 +107,7 @@ def tables_of(plan_or_decisions: Any, *, moments: bool) -> tuple[Decisions, ...]
 
     if isinstance(plan_or_decisions, Decisions):
         return (plan_or_decisions,)
-    if isinstance(plan_or_decisions, PlanLike):
+    if is_plan(plan_or_decisions):
         plan = plan_or_decisions
         return (plan.decisions, plan.moments) if moments else (plan.decisions,)
     raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from compiled_texts import golden
 from jax.sharding import Mesh, NamedSharding
@@ -17,7 +18,8 @@ from meshwright.sharding import testing_collectives
 from meshwright.sharding.analysis import analyze
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.testing import assert_collectives
+from meshwright.testing import assert_collectives, assert_nothing_replicated, assert_specs
+from meshwright.train.model_plan import plan
 
 FSDP = {"fsdp": ["all-gather", "reduce-scatter"], "data": "all-reduce"}
 HERE = Path(__file__).name
@@ -251,6 +253,28 @@ def test_plans_are_read_from_their_report(report: Any) -> None:
         assert_collectives(Reported(report), allow=allow, max_bytes={"fsdp": 1e9})
     with pytest.raises(ConfigError, match="a plan has its arguments and its mesh already"):
         assert_collectives(Reported(report), 1, allow=allow)
+
+
+def test_a_plan_and_its_own_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in a child for simulated devices; kept by nobody."""
+    monkeypatch.setenv("MESHWRIGHT_PLAN_CACHE", str(tmp_path / "plans"))
+    shapes = {"in": (64, 128), "out": (128, 32)}
+
+    def make(key: Any) -> Any:
+        return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+    made = plan(
+        make,
+        optimizer=optax.adam(1e-3),
+        loss=loss,
+        batch=jax.ShapeDtypeStruct((1024, 64), "float32"),
+        mesh="data=2,fsdp=4",
+    )
+    assert_specs(made, {"in": "(·, fsdp)", "out": P("fsdp")})
+    assert_nothing_replicated(made)
+    assert_collectives(made, allow=FSDP, max_bytes={"fsdp": 2 * 48 * 1024})
+    with pytest.raises(AssertionError, match=r"fsdp  all-gather .*  in\n"):
+        assert_collectives(made, allow={"fsdp": ["reduce-scatter"], "data": "all-reduce"})
 
 
 def test_what_could_not_be_read_is_no_pass(report: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.linen.spmd import with_logical_constraint
 from jax.sharding import PartitionSpec as P
 
 from meshwright.sharding.errors import ConfigError, PlacementError, TopologyError
@@ -78,6 +79,45 @@ def test_linen_variables_and_arguments_after_the_batch() -> None:
         return scale * model.apply(variables, x, rngs={"dropout": key})
 
     assert_same_as_one_device(apply, variables, ROWS, jax.random.key(2), 3.0, meshes="data=8")
+
+
+class Logical(linen.Module):
+    """Names on weights and on an activation, which our rules resolve."""
+
+    width: int = 128
+
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        def named(*dims: str) -> Any:
+            return linen.with_logical_partitioning(linen.initializers.lecun_normal(), dims)
+
+        hidden = linen.Dense(self.width, use_bias=False, kernel_init=named("embed", "mlp"))(x)
+        hidden = with_logical_constraint(jnp.tanh(hidden), ("batch", "mlp"))
+        return linen.Dense(16, use_bias=False, kernel_init=named("mlp", "embed"))(hidden)
+
+
+def test_names_in_the_model_are_resolved() -> None:
+    model = Logical()
+    variables = model.init(jax.random.key(0), ROWS)
+    assert_same_as_one_device(model.apply, variables, ROWS, meshes="data=2,fsdp=2,tensor=2")
+    odd = Logical(width=6)
+    with pytest.raises(
+        PlacementError, match="cannot split dim 1 of .* over axis `tensor`"
+    ) as error:
+        variables = odd.init(jax.random.key(0), ROWS)
+        assert_same_as_one_device(odd.apply, variables, ROWS, meshes="data=2,tensor=4")
+    assert "6 is not divisible by 4" in message(error)
+
+
+def test_constraints_that_jit_would_drop_are_refused() -> None:
+    def constrained(params: Any, x: Any) -> Any:
+        y = jax.lax.with_sharding_constraint(x @ params["w"][:, :6], P("data", "fsdp"))
+        return y.sum()
+
+    with pytest.raises(PlacementError) as error:
+        assert_same_as_one_device(constrained, PARAMS, ROWS, meshes="data=2,fsdp=4")
+    assert error.value.why.startswith("6 is not divisible by 4; jit would drop")
+    assert error.value.__notes__ == ["on the mesh data=2,fsdp=4, to compare meshes with one device"]
 
 
 def test_leaves_that_are_no_arrays() -> None:
