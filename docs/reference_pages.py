@@ -66,8 +66,8 @@ _IN_BACKTICKS = re.compile(r"(?<![`:\w])`([^`\n]+)`(?![`_\w])")
 def homes() -> dict[str, str]:
     """Every public name, by all its spellings, and the full name it is documented under.
 
-    >>> homes()["meshwright.Plan"], homes()["meshwright.sharding.mesh.MeshSpec"]
-    ('meshwright.train.Plan', 'meshwright.sharding.MeshSpec')
+    >>> homes()["meshwright.RunPlan"], homes()["meshwright.sharding.mesh.MeshSpec"]
+    ('meshwright.train.RunPlan', 'meshwright.sharding.MeshSpec')
     """
     found: dict[str, str] = {}
     described: dict[int, str] = {}

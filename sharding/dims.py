@@ -106,7 +106,7 @@ class DimPatterns:
             declares itself stands, and leaves without names are placed by their shape.
 
     Every array with at least one dimension needs a pattern (or metadata of its own), and
-    every pattern must decide something.
+    every pattern that gives names must decide something.
 
     >>> import jax
     >>> tree = {"in": {"w": jax.ShapeDtypeStruct((4, 8), "float32")}}
@@ -140,7 +140,7 @@ class DimPatterns:
         used: set[int] = set()
         named = [self._name(leaf, used) for leaf in leaves]
         for index, (pattern, dims) in enumerate(self.patterns):
-            if index not in used:
+            if index not in used and dims is not None:
                 raise DimsError(
                     f"the dims pattern `{pattern}` decides nothing",
                     where=f"pattern {index + 1} of {len(self.patterns)}, dims {format_dims(dims)}",

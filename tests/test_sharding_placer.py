@@ -123,9 +123,9 @@ def test_a_flax_train_state_with_a_jitted_step(devices: list[Any]) -> None:
 
     place = placer("fsdp=8", devices, dims={"*": None})
     state = place.init(build, jax.random.key(0))
-    kernel = state.params["Dense_0"]["kernel"].value
+    kernel = state.params["Dense_1"]["kernel"].value
     assert kernel.sharding.spec == P("fsdp")
-    mu = state.opt_state[0].mu["Dense_0"]["kernel"].value
+    mu = state.opt_state[0].mu["Dense_1"]["kernel"].value
     assert mu.sharding.spec == P("fsdp")
     assert isinstance(state.step, jax.Array)
 
@@ -137,7 +137,7 @@ def test_a_flax_train_state_with_a_jitted_step(devices: list[Any]) -> None:
     for _ in range(3):
         state = step(state, place.place(x))
     assert step._cache_size() == 1
-    assert state.params["Dense_0"]["kernel"].value.sharding.spec == P("fsdp")
+    assert state.params["Dense_1"]["kernel"].value.sharding.spec == P("fsdp")
 
 
 def test_moments_go_by_the_optimizer_table_wherever_they_lie(devices: list[Any]) -> None:
