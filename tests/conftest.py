@@ -20,6 +20,9 @@ from browsing import Browser, find_browser
 
 from meshwright.sharding.topology import IN_ORDER
 
+# Ours, as the entry point of an install would load it: make_mesh, and the marker of devices.
+pytest_plugins = ["pytester", "meshwright.sharding.pytest_plugin"]
+
 DEVICES = 8
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright" / "tests"
 

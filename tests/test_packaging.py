@@ -131,6 +131,7 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
         expected |= {f"{package}/{path.name}" for path in ROOT.joinpath(folder).glob("*.py")}
     assert names == expected
     assert "meshwright = meshwright.scripts.main:main" in scripts
+    assert "[pytest11]\nmeshwright = meshwright.sharding.pytest_plugin" in scripts
     assert licences
 
 
