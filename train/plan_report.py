@@ -104,7 +104,7 @@ def _tables(plan: Plan) -> list[tuple[str, Decisions]]:
 
 
 def _write_page(plan: Plan, path: Path) -> None:
-    from meshwright.sharding.decisions_html import decisions_html
+    from meshwright.sharding.decisions_page import decisions_html
 
     title = f"A {plan.parts.dialect.name} model on {plan.spec}"
     page = decisions_html(_tables(plan), title=title, mesh=MeshSpec(plan.spec.axes))
