@@ -207,8 +207,7 @@ def own_after(mesh: str, watch: Watch) -> None:
         return right.mean(), {}, (None, state)
 
     adam = optax.adam(1e-3)
-    up, down = ("mlp", "embed"), ("embed", "mlp")
-    dims = {"0/mlp/layers/0/weight": up, "0/mlp/layers/1/weight": down, "*": None}
+    dims = {"*layers/0/weight": ("mlp", "embed"), "*layers/1/weight": ("embed", "mlp"), "*": None}
     plan = meshwright.plan(
         make, optimizer=adam, loss=loss, batch=batch, mesh=mesh, dims=dims, trainable="0/*"
     )
@@ -222,7 +221,10 @@ PACKAGES = {
     "equimo-vit": Package(
         vit_before,
         vit_after,
-        splits={},
+        splits={
+            "blocks/0/blocks/0/mlp/fc1/weight": P("tensor"),
+            "blocks/0/blocks/1/mlp/fc2/weight": P(None, "tensor"),
+        },
         needs="equimo",
     ),
     "flowjax": Package(flow_before, flow_after, needs="flowjax"),

@@ -264,7 +264,7 @@ PACKAGES = {
     "brax-policy": Package(
         policy_before,
         policy_after,
-        splits={"0/policy/params/MLP_0/hidden_0/kernel": P(None, "tensor")},
+        splits={"0/policy/params/hidden_0/kernel": P(None, "tensor")},
         needs="brax",
     ),
     "brax-spectral": Package(
@@ -272,12 +272,16 @@ PACKAGES = {
         spectral_after,
         splits={"hidden_0/kernel": P(None, "tensor"), "hidden_1/kernel": P("tensor")},
         needs="brax",
+        exact=False,  # its init multiplies weights for their largest singular values
     ),
     "brax-vision": Package(vision_before, vision_after, needs="brax"),
     "nano-moe-jax": Package(
         moe_before,
         moe_after,
-        splits={},
+        splits={
+            "block_0/MoELayer_0/expert_0/Dense_0/kernel": P(None, "tensor"),
+            "block_0/MoELayer_0/expert_0/Dense_1/kernel": P("tensor"),
+        },
         needs="nano_moe",
     ),
 }

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ from jax.core import Tracer
 from meshwright.sharding.dims import Leaf, describe, format_path
 from meshwright.sharding.errors import ConfigError, DimsError, did_you_mean
 from meshwright.sharding.placer import is_array, unannotated
+from meshwright.train.captured import captured_arrays, made_in_earnest
 
 __all__ = ["Dialect", "Trainable", "dialect_of"]
 
@@ -64,6 +66,7 @@ class Dialect:
         after: (what the loss took, what it returned as changed, rest, params) → rest; without
             params it is not asked whether a loss changed what is trained.
         evaluated: what the loss takes, in evaluation mode.
+        static: what of the model is no array.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Dialect:
     build: Callable[[Any, Any], Any]
     after: Callable[..., Any]
     evaluated: Callable[[Any], Any]
+    static: Any = None
 
 
 def dialect_of(model: Any, inputs: Sequence[Any] | None, trainable: Trainable = None) -> Dialect:
@@ -108,17 +112,19 @@ def _traced(make: Callable[[Any], Any], trainable: Trainable) -> Dialect:
     """The dialect of what a function makes, from one abstract trace of it."""
     found: list[Dialect] = []
 
-    def look(key: Any) -> None:
+    def named(key: Any) -> Any:
         with unannotated():
-            made = make(key)
-        nnx = sys.modules.get("flax.nnx")
-        if nnx and isinstance(made, nnx.Module):
-            found.append(_of_nnx(made, make, trainable))
-        else:
-            found.append(_of_tree(made, make, trainable))
+            return make(key)
 
-    jax.eval_shape(look, jax.random.key(0))
-    return found[-1]
+    def of(made: Any) -> Dialect:
+        nnx = sys.modules.get("flax.nnx")
+        is_nnx = nnx and isinstance(made, nnx.Module)
+        return (_of_nnx if is_nnx else _of_tree)(made, make, trainable)
+
+    jax.eval_shape(lambda key: found.append(of(named(key))), jax.random.key(0))
+    if not any(isinstance(one, Tracer) for one in captured_arrays(found[0].static)):
+        return found[0]
+    return made_in_earnest(named, of, lambda dialect: dialect.static)
 
 
 def _maker(model: Any) -> Callable[[Any], Any]:
@@ -138,6 +144,8 @@ def _maker(model: Any) -> Callable[[Any], Any]:
     others = [word for word in needed if word != by_name]
     if by_name and not others:
         return lambda key: model(**{by_name: _rngs(key) if by_name == "rngs" else key})
+    if [p.kind for p in parameters.values()][:1] == [inspect.Parameter.VAR_POSITIONAL]:
+        return model  # a wrapper, which says nothing of what it wraps
     if not needed:
         return lambda key: model()
     if len(needed) == 1 and not by_name and parameters[needed[0]].kind in plain:
@@ -227,6 +235,7 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
         lambda params, rest: nnx.merge(graph, params, rest, others, copy=True),
         after,
         evaluated,
+        (graph, others),
     )
 
 
@@ -280,11 +289,13 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
             why="it has no floating-point array that `trainable` names",
             fix="pass a model with parameters, or path patterns that match them",
         )
-    parted = _parting(structure, paths, (trained, kept))
+    concrete = _concrete(tree)
+    first = [None if is_array(leaf) else leaf for leaf in first]  # arrays are given to `build`
+    of_trained, of_kept = _parting(structure, paths, (trained, kept))
 
     def parts(tree: Any) -> tuple[Any, Any]:
         leaves = jax.tree.leaves(_unboxed(tree))
-        return parted(leaves, trained), parted(leaves, kept)
+        return of_trained(leaves, trained), of_kept(leaves, kept)
 
     def joined(params: Any, rest: Any) -> list[Any]:
         one, two = iter(jax.tree.leaves(params)), iter(jax.tree.leaves(rest))
@@ -303,12 +314,12 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
             known = old is not None or params is not None
             if known and not yes and now is not old and is_array(now):
                 _refuse_changed(path, is_trained=is_array(old))
-        return parted(new, kept)
+        return of_kept(new, kept)
 
     return Dialect(
         "tree",
         (lambda key: parts(make(key))) if make else None,
-        None if make or not _concrete(tree) else parts(tree),
+        None if make or not concrete else parts(tree),
         _shapes(parts(tree)),
         (
             tuple(leaf for leaf, yes in zip(named, trained, strict=True) if yes),
@@ -317,13 +328,14 @@ def _of_tree(tree: Any, make: Callable[[Any], Any] | None, trainable: Trainable)
         lambda params, rest: jax.tree.unflatten(structure, joined(params, rest)),
         after,
         lambda model: model,
+        (structure, first),
     )
 
 
 def _parting(
     structure: Any, paths: Sequence[str], masks: Sequence[Sequence[bool]]
-) -> Callable[[Sequence[Any], Sequence[bool]], Any]:
-    """A function of (leaves, which of them) that returns a tree of these alone.
+) -> tuple[Callable[[Sequence[Any], Sequence[bool]], Any], ...]:
+    """For each mask a function of (leaves, mask) that returns a tree of these leaves alone.
 
     The tree has the model's structure with None elsewhere, so that masks written for the model fit
     it. Nodes of some libraries refuse None or forget what lay beside it: of a model with such nodes
@@ -338,15 +350,18 @@ def _parting(
         found = zip(paths, leaves, which, strict=True)
         return OrderedDict((path, leaf) for path, leaf, yes in found if yes)
 
-    numbers = list(range(len(paths)))
-    for which in masks:
+    marks = [object() for _ in paths]
+
+    def is_open(which: Sequence[bool]) -> bool:
+        """Whether the model's nodes take None, and whatever else, and give it back."""
         try:
-            found = jax.tree.leaves(jax.tree.map(lambda leaf: leaf, alike(numbers, which)))
+            found = jax.tree.leaves(jax.tree.map(lambda leaf: leaf, alike(marks, which)))
         except Exception:  # whatever a library's own node raises
-            return flat
-        if found != [number for number, yes in zip(numbers, which, strict=True) if yes]:
-            return flat
-    return alike
+            return False
+        wanted = [mark for mark, yes in zip(marks, which, strict=True) if yes]
+        return len(found) == len(wanted) and all(map(operator.is_, found, wanted))
+
+    return tuple(alike if is_open(which) else flat for which in masks)
 
 
 def _described(tree: Any) -> tuple[Leaf, ...]:
