@@ -47,7 +47,7 @@ from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "unannotated"]
+__all__ = ["Patterns", "Placer", "TreeLayout", "copied", "is_array", "unannotated"]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -207,9 +207,7 @@ class Placer:
         def put(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return jax.device_put(
-                leaf, NamedSharding(self.mesh, next(layout).spec), may_alias=False
-            )
+            return copied(leaf, NamedSharding(self.mesh, next(layout).spec))
 
         return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
 
@@ -287,6 +285,16 @@ class Placer:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or the shape of one: what is placed."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+def copied(leaf: Any, sharding: NamedSharding) -> Any:
+    """An array where it is to live, sharing no memory with the one that was given.
+
+    ``device_put(…, may_alias=False)`` alone is not enough: a replicated result still shares the
+    buffer of the device that the array is on, and donating it deletes the original (jax 0.10.2).
+    """
+    leaf = jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    return jax.device_put(leaf, sharding, may_alias=False)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ with the shardings of its results. A model that exists already is taken with its
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import sys
 from collections import OrderedDict
@@ -43,6 +42,7 @@ from meshwright.sharding.dims import Leaf, describe, format_path
 from meshwright.sharding.errors import ConfigError, DimsError, did_you_mean
 from meshwright.sharding.placer import is_array, unannotated
 from meshwright.train.captured import captured_arrays, made_in_earnest
+from meshwright.train.makers import linen_init, maker
 
 __all__ = ["Dialect", "Trainable", "dialect_of"]
 
@@ -94,11 +94,11 @@ def dialect_of(model: Any, inputs: Sequence[Any] | None, trainable: Trainable = 
     """
     nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
     if linen and isinstance(model, linen.Module):
-        return _traced(_linen_init(model, inputs), trainable)
+        return _traced(linen_init(model, inputs), trainable)
     if nnx and isinstance(model, nnx.Module):
         return _of_nnx(model, None, trainable)
     if isinstance(model, type) or (callable(model) and _is_leaf(model)):
-        return _traced(_maker(model), trainable)
+        return _traced(maker(model), trainable)
     if not any(is_array(leaf) for leaf in jax.tree.leaves(model)):
         raise ConfigError(
             f"cannot plan a {type(model).__name__}",
@@ -127,72 +127,6 @@ def _traced(make: Callable[[Any], Any], trainable: Trainable) -> Dialect:
     return made_in_earnest(named, of, lambda dialect: dialect.static)
 
 
-def _maker(model: Any) -> Callable[[Any], Any]:
-    """A class or function as a function of a key."""
-    name = getattr(model, "__name__", type(model).__name__)
-    try:
-        parameters = _parameters_of(model)
-    except (TypeError, ValueError):
-        return model
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [
-        p.name
-        for p in parameters.values()
-        if p.default is p.empty and p.kind in (*plain, inspect.Parameter.KEYWORD_ONLY)
-    ]
-    by_name = next((word for word in ("rngs", "key", "rng") if word in parameters), None)
-    others = [word for word in needed if word != by_name]
-    if by_name and not others:
-        return lambda key: model(**{by_name: _rngs(key) if by_name == "rngs" else key})
-    if [p.kind for p in parameters.values()][:1] == [inspect.Parameter.VAR_POSITIONAL]:
-        return model  # a wrapper, which says nothing of what it wraps
-    if not needed:
-        return lambda key: model()
-    if len(needed) == 1 and not by_name and parameters[needed[0]].kind in plain:
-        return model
-    raise ConfigError(
-        f"cannot make `{name}` from a key",
-        where=f"it needs {', '.join(needed)}",
-        why="only a key (or rngs) is there to give",
-        fix=f"pass a function of the key: lambda rngs: {name}(…, rngs=rngs)",
-    )
-
-
-def _parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a call; of a class its own constructor's, as a metaclass' takes anything."""
-    if isinstance(model, type):
-        return inspect.signature(functools.partial(model.__init__, None)).parameters
-    if isinstance(model, functools.partial) and isinstance(model.func, type):
-        bound = functools.partial(model.func.__init__, None, *model.args, **model.keywords)
-        return inspect.signature(bound).parameters
-    return inspect.signature(model).parameters
-
-
-def _rngs(key: Any) -> Any:
-    import flax.nnx as nnx
-
-    return nnx.Rngs(key)
-
-
-def _linen_init(model: Any, inputs: Sequence[Any] | None) -> Callable[[Any], Any]:
-    if inputs is None:
-        raise ConfigError(
-            f"cannot initialise the linen module `{type(model).__name__}`",
-            why="it takes its shapes from the arguments of a call, and the batch does not say "
-            "which of its arrays these are",
-            fix='say so: inputs=lambda batch: (batch["x"],), or pass '
-            "model=lambda key: module.init(key, x)",
-        )
-
-    def zeros(leaf: Any) -> Any:
-        return jnp.zeros(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
-
-    def make(key: Any) -> Any:
-        return model.init(key, *[jax.tree.map(zeros, one) for one in inputs])
-
-    return make
-
-
 def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable) -> Dialect:
     """The dialect of an nnx module: its own values, or those of a trace of ``make``."""
     import flax.nnx as nnx
@@ -211,15 +145,13 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
     def parts(key: Any) -> tuple[Any, Any]:
         assert make is not None
         with unannotated():
-            _, params, rest, _ = nnx.split(make(key), wanted, _is_numeric, ...)
-        return params, rest
+            made = make(key)
+        return _taken(made, params), _taken(made, rest)
 
     def after(module: Any, changed: Any, rest: Any, params: Any = None) -> Any:
         del changed, params
         # Variables that a loss adds (sown ones, caches) are not the state's.
-        flat = dict(nnx.to_flat_state(nnx.state(module)))
-        kept = [jax.tree.leaves(flat[path]) for path, _ in nnx.to_flat_state(rest)]
-        return jax.tree.unflatten(jax.tree.structure(rest), [leaf for one in kept for leaf in one])
+        return _taken(module, rest)
 
     def evaluated(module: Any) -> Any:
         module.eval()
@@ -239,13 +171,34 @@ def _of_nnx(module: Any, make: Callable[[Any], Any] | None, trainable: Trainable
     )
 
 
+def _taken(module: Any, like: Any) -> Any:
+    """A module's values in the structure of a state.
+
+    An array that is no variable is found where it lies: nnx counts it to a module's state, but not
+    while it is a tracer.
+    """
+    import flax.nnx as nnx
+
+    flat = dict(nnx.to_flat_state(nnx.state(module)))
+
+    def at(path: Any) -> Any:
+        return functools.reduce(
+            lambda node, name: node[name] if isinstance(name, int) else getattr(node, name),
+            path,
+            module,
+        )
+
+    values = [flat[path] if path in flat else at(path) for path, _ in nnx.to_flat_state(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(values))
+
+
 def _is_numeric(_: Any, variable: Any) -> bool:
     return all(is_array(leaf) or isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves(variable))
 
 
 def _nnx_filter(trainable: Trainable, paths: Sequence[str], nnx: Any) -> Any:
     def is_float(_: Any, variable: Any) -> bool:
-        return all(_is_float(leaf) for leaf in jax.tree.leaves(variable))
+        return all(_is_float(leaf) or type(leaf) is float for leaf in jax.tree.leaves(variable))
 
     if trainable is None:
         return nnx.All(nnx.Param, is_float)

@@ -49,7 +49,7 @@ from meshwright.sharding.dims import Dims, Leaf, describe_optimizer
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.placer import Patterns, Placer, is_array
+from meshwright.sharding.placer import Patterns, Placer, copied, is_array
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -248,7 +248,7 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: jax.device_put(x, to, may_alias=False), strong(values), at)
+            jax.tree.map(copied, strong(values), at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
         first = jax.jit(

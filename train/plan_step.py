@@ -114,9 +114,9 @@ class StepParts:
         """One optimizer step; see `meshwright.train.model_plan.Plan.step`."""
         loss, grads, metrics, rest = self.gradients(held, state, batch)
         params = _put(state.params, held["updated"])
-        # Those that look at the loss, as reduce_on_plateau does, find it; others do not see it.
-        update = optax.with_extra_args_support(self.optimizer).update
-        updates, opt_state = update(grads, state.opt_state, params, value=loss)
+        # Those that look at the loss, as reduce_on_plateau does, find it.
+        seen = {"value": loss} if _takes_value(self.optimizer) else {}
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, params, **seen)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
         after = replace(
             state,
@@ -390,6 +390,14 @@ def _key_word(loss: Callable[..., Any]) -> str | None:
     """The name by which alone a loss function takes its key, if it does."""
     only = [p.name for p in _parameters(loss) if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return next((name for name in only if name in _KEYS), None)
+
+
+def _takes_value(optimizer: Any) -> bool:
+    """Whether an optimizer can be told the loss, by optax's name for it."""
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return False
+    parameters = _parameters(optimizer.update)
+    return any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
