@@ -301,7 +301,7 @@ class Plan:
     def held(self) -> dict[str, Any]:
         """Shardings by role, of the structure of what is trained and of the rest of the model."""
         params, rest = self.shapes.params, self.shapes.rest
-        used = [NamedSharding(self.mesh, self._used_spec(decision)) for decision in self.decisions]
+        used = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
         count = len(jax.tree.leaves(params))
         return {
             "params": self.shardings.params,
@@ -312,7 +312,7 @@ class Plan:
             "rest_used": jax.tree.unflatten(jax.tree.structure(rest), used[count:]),
         }
 
-    def _used_spec(self, decision: Decision) -> PartitionSpec:
+    def used_spec(self, decision: Decision) -> PartitionSpec:
         """How the model reads an array; a stack of layers is left to the loop over it."""
         dims = decision.leaf.dims
         if dims and dims[0] in _STACKED:
