@@ -44,7 +44,7 @@ from meshwright.sharding.dims import (
 )
 from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows
+from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
@@ -206,14 +206,12 @@ class Placer:
         leaves, structure = jax.tree.flatten(state)
         layout = iter(self.layout(state).in_order)
 
-        def put(leaf: Any) -> Any:
+        def placed(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return jax.device_put(
-                leaf, NamedSharding(self.mesh, next(layout).spec), may_alias=False
-            )
+            return put(leaf, NamedSharding(self.mesh, next(layout).spec))
 
-        return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
+        return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.

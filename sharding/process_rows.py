@@ -25,7 +25,7 @@ from typing import Any
 
 from meshwright.sharding.errors import PlacementError
 
-__all__ = ["block_of", "blocks_of", "check_agreement", "from_own_rows", "rows_of_process"]
+__all__ = ["block_of", "blocks_of", "check_agreement", "from_own_rows", "put", "rows_of_process"]
 
 _PATIENCE_SECONDS = 20.0
 
@@ -149,6 +149,21 @@ def from_own_rows(x: Any, sharding: Any, shape: Sequence[int], dim: int | None) 
         return x[(*index[:dim], slice(start - mine.start, stop - mine.start), *index[dim + 1 :])]
 
     return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def put(leaf: Any, sharding: Any) -> Any:
+    """A copy of an array that every process has whole, in its place; RNG keys too.
+
+    ``jax.device_put`` refuses RNG keys where the devices are not all this process's (0.10, 0.12).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if sharding.is_fully_addressable or not is_key:
+        return jax.device_put(leaf, sharding, may_alias=False)
+    numbers = jax.device_put(jax.random.key_data(leaf), sharding, may_alias=False)
+    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
 
 
 def check_agreement(arrays: Sequence[Any], block: int) -> None:
