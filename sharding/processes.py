@@ -340,8 +340,8 @@ def _follow_exits(lifeline: Lifeline) -> None:
     shown = sys.excepthook
 
     def tell(kind: Any, error: BaseException, trace: Any) -> None:
-        shown(kind, error, trace)
         fail(error)
+        shown(kind, error, trace)
 
     sys.excepthook = tell
     atexit.register(lifeline.leave)

@@ -38,6 +38,8 @@ _RETRY_SECONDS = 0.2
 _CONNECT_SECONDS = 3.0
 # So much longer may a process take that is failing itself.
 _GRACE_SECONDS = 1.0
+# News of another's end may come a little after the error that it makes here.
+_NEWS_SECONDS = 0.3
 # Process 0 goes last: jax aborts the others, with a stack trace of its own, when it misses it.
 _LAST_SECONDS = 1.5
 _LATER_SECONDS = 2.0
@@ -116,6 +118,7 @@ class Lifeline:
         self._seat, self._lines = seat, lines
         self._pid = os.getpid()
         self._failed: int | None = None
+        self._stopped: int | None = None
         self._done = False
         for line in lines:
             _keep_alive(line.socket)
@@ -124,13 +127,21 @@ class Lifeline:
     def fail(self, text: str, code: int = 1) -> None:
         """Tell the others that this process ends with an error; they end too.
 
+        Does not return if another one failed first: this error is then only what a collective
+        says when a process is gone, and why has been said.
+
         Args:
             text: one line for people.
             code: exit code of this process, which `leave` ends it with.
         """
-        if os.getpid() == self._pid and not self._done and self._failed is None:
-            self._failed = code
-            self._tell({"failed": text, "process": self._seat.index, "code": code})
+        if os.getpid() != self._pid or self._done or self._failed is not None:
+            return
+        time.sleep(_NEWS_SECONDS)
+        if self._stopped is not None:
+            time.sleep(self._longer())
+            _end(self._stopped)
+        self._failed = code
+        self._tell({"failed": text, "process": self._seat.index, "code": code})
 
     def leave(self) -> None:
         """At exit: end at once after a failure, or tell the others that all went well."""
@@ -183,9 +194,10 @@ class Lifeline:
             return
         # At once: what this process runs into now that the other is gone says much less.
         _say(self._seat, f"stopping, because {_what_happened(message)}")
+        self._stopped = int(message.get("code", 1))
         time.sleep(_GRACE_SECONDS + self._longer())
         if not self._done:
-            _end(int(message.get("code", 1)))
+            _end(self._stopped)
 
     def _longer(self) -> float:
         return _LAST_SECONDS if self._seat.index == 0 else 0.0

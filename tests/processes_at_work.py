@@ -7,10 +7,13 @@ It is read as text, and run after the prelude of tests/together.py.
 # pyright: basic, reportUndefinedVariable=false
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -112,4 +115,30 @@ def train(mine: slice) -> list[float]:
 
 # end of plan
 found["losses"] = train(rows_of_process(16, Placer.on("data=2,fsdp=4")))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(64, 64, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.dropout(self.linear(x))
+
+
+# A model that exists on each process, with RNG keys in it.
+plan = meshwright.plan(
+    Model(nnx.Rngs(0)),
+    optimizer=optax.adam(0.01),
+    loss=lambda model, batch: (model(batch) ** 2).mean(),
+    batch=jax.ShapeDtypeStruct((16, 64), "float32"),
+    mesh="data=2,fsdp=4",
+)
+rows = np.ones((16, 64), np.float32)[rows_of_process(16, plan)]
+state, _ = plan.step(plan.init(0), plan.place(rows))
+saved = Path(os.environ["SAVED_IN"])
+plan.save(saved, state)
+restored = fetch(plan.restore(saved))
+same = jax.tree.map(np.array_equal, restored, fetch(state))
+found["restored"] = [len(jax.tree.leaves(same)), sum(jax.tree.leaves(same))]
 print(json.dumps(found))

@@ -45,9 +45,11 @@ AT_WORK = Path(__file__).with_name("processes_at_work.py").read_text()
 
 
 @pytest.fixture(scope="module")
-def at_work() -> list[dict[str, Any]]:
+def at_work(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes with four devices each found out, see processes_at_work.py."""
-    ended = run_together([AT_WORK, AT_WORK], within_seconds=60)
+    port, saved = free_port(), str(tmp_path_factory.mktemp("plan") / "saved")
+    environments = [run_variables(port, 2, index, SAVED_IN=saved) for index in (0, 1)]
+    ended = run_together([AT_WORK] * 2, environments=environments, within_seconds=90)
     assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
     return [process.document for process in ended]
 
@@ -78,6 +80,12 @@ def test_metrics_of_a_step_are_floats_on_every_process(at_work: list[dict[str, A
     assert first["losses"] == second["losses"]
     assert first["losses"][1] < first["losses"][0]
     np.testing.assert_allclose(first["losses"], losses_of_one_process(), rtol=1e-6)
+
+
+def test_a_model_that_exists_is_placed_saved_and_restored(at_work: list[dict[str, Any]]) -> None:
+    for found in at_work:
+        leaves, same = found["restored"]
+        assert leaves == same > 8
 
 
 def losses_of_one_process() -> list[float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("processes"))
 
 
-def by_two(*words: list[str]) -> list[Ended]:
+def by_two(*words: list[str], **options: Any) -> list[Ended]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        return run_together(words if len(words) == 2 else [words[0], words[0]], within_seconds=90)
+        both = words if len(words) == 2 else [words[0], words[0]]
+        return run_together(both, within_seconds=90, **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +90,24 @@ def test_one_process_goes_on_from_two(runs: Runs, two: list[Ended], one: Path) -
     np.testing.assert_allclose(losses(runs.root / "two"), losses(one), rtol=1e-6)
 
 
-def test_two_processes_go_on_from_one(runs: Runs, two: list[Ended], one: Path) -> None:
+def test_two_processes_go_on_from_one_until_one_gets_a_signal(
+    runs: Runs, two: list[Ended], one: Path
+) -> None:
     del two
     ran = runs("shorter", **{**SETTINGS, "steps": 2})
     assert ran.code == 0, ran.err
-    words = ["train", "--resume", "--out", str(ran.folder), "--steps", str(STEPS)]
-    ended = by_two(words)
-    assert [process.code for process in ended] == [0, 0], ended[0].err + ended[1].err
+
+    def stop_one(processes: list[subprocess.Popen[str]]) -> None:
+        while len(losses(ran.folder)) < STEPS and processes[0].poll() is None:
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+
+    words = ["train", "--resume", "--out", str(ran.folder), "--steps", "10000"]
+    ended = by_two(words, meanwhile=stop_one)
+    assert [process.code for process in ended] == [143, 143], ended[0].err + ended[1].err
     assert "resumed at step 2" in ended[0].err
-    np.testing.assert_allclose(losses(ran.folder), losses(one)[:STEPS], rtol=1e-6)
+    np.testing.assert_allclose(losses(ran.folder)[:STEPS], losses(one)[:STEPS], rtol=1e-6)
+    assert ended[0].document["checkpoint"].endswith(f"/{len(losses(ran.folder))}")
 
 
 def test_an_error_of_one_process_ends_both(runs: Runs) -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ def run_together(
     *,
     environments: Sequence[Mapping[str, str]] | None = None,
     within_seconds: float = 40,
+    meanwhile: Callable[[list[subprocess.Popen[str]]], None] | None = None,
 ) -> list[Ended]:
     """Start one process a command, all at once, and wait for all of them.
 
@@ -74,6 +75,7 @@ def run_together(
             errors) defined; or words of a `meshwright` command.
         environments: variables of each; by default those of one run on this machine.
         within_seconds: when to kill what has not ended, which fails the test.
+        meanwhile: called with the processes once they have been started.
     """
     if environments is None:
         count, port = len(commands), free_port()
@@ -94,6 +96,8 @@ def run_together(
     ]
     ended: list[Ended] = []
     try:
+        if meanwhile is not None:
+            meanwhile(started)
         for process in started:
             left = max(within_seconds - (time.monotonic() - began), 0.1)
             out, err = process.communicate(timeout=left)
