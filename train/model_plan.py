@@ -50,6 +50,7 @@ from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placer import Patterns, Placer
+from meshwright.sharding.process_rows import put
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -237,11 +238,11 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: jax.device_put(x, to, may_alias=False), values, at)
+            jax.tree.map(put, values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
         opt_state = jax.jit(self.parts.optimizer.init, out_shardings=shardings.opt_state)(params)
-        step, key = jax.device_put((jnp.zeros((), jnp.int32), key), shardings.step)
+        step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
 
     def _build(self, key: Any) -> ModelState:
