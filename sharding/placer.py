@@ -22,6 +22,7 @@ read off a first unsharded build, is how large models run out of memory before t
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,12 @@ from meshwright.sharding.dims import (
 )
 from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "copied", "is_array", "unannotated"]
+__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "unannotated"]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -204,12 +206,12 @@ class Placer:
         leaves, structure = jax.tree.flatten(state)
         layout = iter(self.layout(state).in_order)
 
-        def put(leaf: Any) -> Any:
+        def placed(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return copied(leaf, NamedSharding(self.mesh, next(layout).spec))
+            return put(leaf, NamedSharding(self.mesh, next(layout).spec))
 
-        return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
+        return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
@@ -250,22 +252,43 @@ class Placer:
     def place(self, batch: Any) -> Any:
         """A host's batch onto the devices, rows dealt over the axes of the dim ``batch``.
 
-        With several processes each passes its own rows, in the order of the processes.
+        With several processes each passes the rows that `rows_of_process` gives, all of them as
+        many: usually its block in the order of the processes, the same block as another process
+        where the mesh separates the two by other axes only.
+
+        Raises:
+            PlacementError: rows that the axes do not divide; with several processes, also shapes
+                or rows that differ from another's where they must not.
         """
-        count = jax.process_count()
-        if count == 1:
+        if jax.process_count() == 1:
             return jax.device_put(batch, self.batch_shardings(batch))
+        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
+        arrays = [np.asarray(x) for _, x in flat]
+        block, blocks = blocks_of(self.mesh, self._batch_axes)
+        shapes = tuple((x.shape, x.dtype) for x in arrays)
+        if shapes not in self._agreed:
+            check_agreement(arrays, block)
+            self._agreed.add(shapes)
+        placed = []
+        for (key_path, _), x in zip(flat, arrays, strict=True):
+            dims = self._batch_dims(format_path(key_path), x.ndim)
+            dim = dims.index("batch") if "batch" in dims else None
+            shape = tuple(size * blocks if d == dim else size for d, size in enumerate(x.shape))
+            spec = resolve_dims(dims, shape, self.rules, self.spec, "activations")
+            placed.append(from_own_rows(x, NamedSharding(self.mesh, spec), shape, dim))
+        return jax.tree.unflatten(structure, placed)
 
-        def whole(x: Any) -> jax.ShapeDtypeStruct:
-            shape = np.shape(x)
-            return jax.ShapeDtypeStruct((shape[0] * count, *shape[1:]) if shape else (), x.dtype)
+    @property
+    def _batch_axes(self) -> Any:
+        """The mesh axes that rows are dealt over."""
+        rows = (self.mesh.size,)
+        spec = resolve_dims(("batch",), rows, self.rules, self.spec, "activations")
+        return spec[0] if spec else None
 
-        shardings = self.batch_shardings(jax.tree.map(whole, batch))
-        return jax.tree.map(
-            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-            batch,
-            shardings,
-        )
+    @functools.cached_property
+    def _agreed(self) -> set[Any]:
+        """Shapes of batches that all processes have placed."""
+        return set()
 
     def _batch_dims(self, path: str, rank: int) -> Dims:
         for pattern, dims in self.batch_dims:
@@ -285,16 +308,6 @@ class Placer:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or the shape of one: what is placed."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
-
-
-def copied(leaf: Any, sharding: NamedSharding) -> Any:
-    """An array where it is to live, sharing no memory with the one that was given.
-
-    ``device_put(…, may_alias=False)`` alone is not enough: a replicated result still shares the
-    buffer of the device that the array is on, and donating it deletes the original (jax 0.10.2).
-    """
-    leaf = jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
-    return jax.device_put(leaf, sharding, may_alias=False)
 
 
 @contextlib.contextmanager

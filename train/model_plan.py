@@ -49,7 +49,8 @@ from meshwright.sharding.dims import Dims, Leaf, describe_optimizer
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.placer import Patterns, Placer, copied, is_array
+from meshwright.sharding.placer import Patterns, Placer, is_array
+from meshwright.sharding.process_rows import put
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -248,7 +249,7 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(copied, strong(values), at)
+            jax.tree.map(put, strong(values), at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
         first = jax.jit(
@@ -256,7 +257,7 @@ class Plan:
             out_shardings=shardings.opt_state,
         )
         opt_state = first(params)
-        step, key = jax.device_put((jnp.zeros((), jnp.int32), key), shardings.step)
+        step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
 
     @functools.cached_property
@@ -322,7 +323,7 @@ class Plan:
     def held(self) -> dict[str, Any]:
         """Shardings by role, of the structure of what is trained and of the rest of the model."""
         params, rest = self.shapes.params, self.shapes.rest
-        used = [NamedSharding(self.mesh, self._used_spec(decision)) for decision in self.decisions]
+        used = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
         count = len(jax.tree.leaves(params))
         return {
             "params": self.shardings.params,
@@ -333,7 +334,7 @@ class Plan:
             "rest_used": jax.tree.unflatten(jax.tree.structure(rest), used[count:]),
         }
 
-    def _used_spec(self, decision: Decision) -> PartitionSpec:
+    def used_spec(self, decision: Decision) -> PartitionSpec:
         """How the model reads an array; a stack of layers is left to the loop over it."""
         dims = decision.leaf.dims
         if dims and dims[0] in _STACKED:
