@@ -364,7 +364,7 @@ class _Decider:
             return self._found([], "whole", "scalar")
         rule = self._shape_rule
         for pattern in rule.whole if rule else ():
-            if fnmatch.fnmatchcase(leaf.path, pattern):
+            if any(fnmatch.fnmatchcase(path, pattern) for path in (leaf.path, leaf.moment_of)):
                 return self._found([], "whole", f"`{pattern}` kept whole by {rule.source}")  # type: ignore[union-attr]
         return None
 

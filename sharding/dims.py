@@ -64,6 +64,7 @@ class Leaf:
         source: where the dims come from, for the reports.
         by_shape: its owner said that no names are needed: strategies place it by its shape, and
             where none of them does it stays whole.
+        moment_of: of an optimizer's leaf without dims, the path of its parameter.
     """
 
     path: str
@@ -72,6 +73,7 @@ class Leaf:
     dims: Dims | None = None
     source: str = "no names"
     by_shape: bool = False
+    moment_of: str = ""
 
     def __post_init__(self) -> None:
         if self.dims is not None and not _is_dims(self.dims):
@@ -262,7 +264,7 @@ def _as_moment(leaf: Leaf, by_path: Mapping[str, Leaf]) -> Leaf:
     if param is None:
         return leaf
     if param.dims is None:
-        return replace(leaf, by_shape=True) if param.by_shape else leaf
+        return replace(leaf, by_shape=param.by_shape, moment_of=param.path)
     if leaf.shape == param.shape:
         return replace(leaf, dims=param.dims, source=f"moment of `{param.path}`")
     dropped = _dropped_dim(leaf, param)

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -98,7 +99,7 @@ def plain(tree: Any) -> dict[str, np.ndarray]:
     """Leaves as numpy arrays by path; RNG keys as their data."""
 
     def one(x: Any) -> np.ndarray:
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(x) if is_key else x)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -110,7 +111,8 @@ def compilations() -> Iterator[list[str]]:
     """What is traced, lowered or compiled in this context."""
     seen: list[str] = []
 
-    def listen(event: str, _: float, **more: Any) -> None:
+    def listen(event: str, duration_secs: float, **more: Any) -> None:
+        del duration_secs
         if event.startswith(COMPILING):
             seen.append(f"{event} {more.get('fun_name', '')}")
 

@@ -4,8 +4,9 @@ How a page is read:
 
 - ```` ```python ```` blocks run, all of a page in order and in one namespace (pages of strategies
   begin with everything of `meshwright.sharding`); a ```` ```text ```` block right below one is
-  what it prints, ``…`` standing for anything. Code that shall not run has another fence:
-  ``diff``, ``text``, ``{code-block} python``.
+  what it prints, ``…`` standing for anything. Blocks of the guides under adopt/ follow the program
+  that the page's ```` ```diff ```` leads to (`test_docs_adopt`). Code that shall not run has
+  another fence: ``diff``, ``text``, ``{code-block} python``.
 - Lines of ```` ```bash ```` blocks that begin with ``meshwright`` are resolved as the command
   would; the others may install or build.
 - The tutorial runs in a process of its own, as a reader's would: it sets up its devices itself.
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_docs_adopt import diff_of, program
 
 from meshwright.scripts.flags import parse
 from meshwright.train.run_plan import RunPlan
@@ -89,13 +91,20 @@ def check_outputs(found: list[Example], printed: list[str]) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if examples(p) and p != TUTORIAL], ids=name)
 def test_code_runs_and_prints_what_is_shown(page: Path) -> None:
     names: dict[str, object] = {"__name__": "page"}
+    if page.parent.name == "adopt":  # their blocks follow the program that their diff leads to
+        if page.stem == "equinox":
+            pytest.importorskip("equinox", reason="pip install 'meshwright[adoption]'")
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(
+                compile(program(diff_of(page), " +"), name(page), "exec", dont_inherit=True), names
+            )
     if page.parent.name == "strategies":
         exec("from meshwright.sharding import *", names)
     printed = []
     for code, _ in examples(page):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            exec(compile(code, name(page), "exec"), names)
+            exec(compile(code, name(page), "exec", dont_inherit=True), names)
         printed.append(said.getvalue())
     check_outputs(examples(page), printed)
 
