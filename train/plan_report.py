@@ -21,6 +21,7 @@ from meshwright.sharding.planned import PlanReport
 from meshwright.sharding.report import decision_json, decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
+from meshwright.train.plan_leaves import local_shape
 
 if TYPE_CHECKING:
     from meshwright.train.model_plan import Plan
@@ -32,8 +33,11 @@ _NAMED = 2
 
 def report_of(plan: Plan, topology: str | Topology | None, *, quick: bool = False) -> PlanReport:
     """Compile a plan's step for hardware and read it; see `Plan.report`."""
+    several = plan.parts.how.microbatches > 1
     facts = StepFacts(
-        {"name": f"a plan of a {plan.parts.dialect.name} model"}, leaf_of=_namer(plan)
+        {"name": f"a plan of a {plan.parts.dialect.name} model"},
+        leaf_of=_namer(plan),
+        deferrable=frozenset(plan.parts.replica_axes(plan.held["gradients"]) if several else ()),
     )
     report = analyze(
         plan.jitted,
@@ -56,10 +60,12 @@ def _with_decisions(report: PlanReport, decisions: tuple[Any, ...]) -> PlanRepor
 
 def _namer(plan: Plan) -> Any:
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for decision in plan.decisions:
-        shape = tuple(sorted(size for size in decision.leaf.shape if size != 1))
-        if shape:
-            by_shape[shape].append(decision.leaf.path)
+    for decision in (*plan.decisions, *plan.gradients_at):
+        whole = decision.leaf.shape
+        for size in (whole, local_shape(whole, decision.spec, plan.spec)):
+            shape = tuple(sorted(one for one in size if one != 1))
+            if shape and decision.leaf.path not in by_shape[shape]:
+                by_shape[shape].append(decision.leaf.path)
 
     def name(_: Instruction, shape: Shape) -> str:
         found = by_shape.get(tuple(sorted(size for size in shape.dims if size != 1)), [])

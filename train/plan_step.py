@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.sharding.decisions import axes_of
+from meshwright.sharding.dims import format_path
 from meshwright.sharding.errors import ConfigError, PlacementError
 from meshwright.sharding.logical import resolving
 from meshwright.sharding.placement import Constrain
@@ -113,6 +114,7 @@ class StepParts:
         loss, grads, metrics, rest = self.gradients(held, state, batch)
         params = _put(state.params, held["updated"])
         updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
+        opt_state = _as_before(opt_state, state.opt_state, "the optimizer's state")
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
         after = replace(
             state,
@@ -158,6 +160,7 @@ class StepParts:
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
             after = self.dialect.after(model, changed, used_rest)
+            after = _as_before(after, rest, "what the loss changes")
             return loss, (metrics, _put(after, held["rest"]))
 
         if self.how.regather:
@@ -237,7 +240,7 @@ class StepParts:
         self, held: Mapping[str, Any], state: ModelState, batch: Any
     ) -> tuple[Any, Any, dict[str, Any], Any]:
         """Gradients summed over microbatches on each device, reduced once."""
-        axes = self._replica_axes(held["gradients"])
+        axes = self.replica_axes(held["gradients"])
         sizes = self.placer.spec.sizes
         parts = math.prod(sizes[axis] for axis in axes)
 
@@ -267,7 +270,7 @@ class StepParts:
 
         return jax.tree.map(one, grads, held["gradients"])
 
-    def _replica_axes(self, gradients: Any) -> tuple[str, ...]:
+    def replica_axes(self, gradients: Any) -> tuple[str, ...]:
         """Axes of more than one device that split rows and no accumulator."""
         split = {
             axis
@@ -319,6 +322,30 @@ def _keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
+
+
+def _as_before(after: Any, before: Any, whose: str) -> Any:
+    """A state in the types it had: the next step is to be the same program.
+
+    Another precision is taken back, and so are weak types; another kind of number is refused.
+    """
+
+    def one(path: Any, new: Any, old: Any) -> Any:
+        if jnp.issubdtype(old.dtype, jax.dtypes.extended):
+            return new
+        kinds = (jnp.bool_, jnp.integer, jnp.inexact)
+        new = jnp.asarray(new)
+        if any(jnp.issubdtype(new.dtype, k) != jnp.issubdtype(old.dtype, k) for k in kinds):
+            raise ConfigError(
+                f"cannot keep `{format_path(path)}` from step to step",
+                where=whose,
+                why=f"it was {old.dtype} and a step makes it {new.dtype}: the next would be "
+                "another program",
+                fix=f"give it the type it has after a step, or .astype({old.dtype}) there",
+            )
+        return jax.lax.convert_element_type(new, old.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, after, before)
 
 
 def _takes_key(loss: Callable[..., Any]) -> bool:
