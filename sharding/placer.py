@@ -42,12 +42,13 @@ from meshwright.sharding.dims import (
     format_path,
 )
 from meshwright.sharding.errors import PlacementError
-from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.mesh import MeshSpec, with_auto_axes
+from meshwright.sharding.placement import check_random
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "unannotated"]
+__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "strong", "unannotated"]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -117,7 +118,7 @@ class Placer:
         """A placer from what people write.
 
         Args:
-            mesh: ``"data=2,fsdp=4"``, a spec, or a mesh that exists.
+            mesh: ``"data=2,fsdp=4"``, a spec, or a mesh that exists; its axes are taken as Auto.
             rules: Rules; strategies and rules in their written form; or None for the strategy of
                 each of the mesh's axes.
             dims: path patterns that name dims.
@@ -132,6 +133,7 @@ class Placer:
             target = Topology.parse(topology) if isinstance(topology, str) else topology
             devices = target.devices()
             mesh = spec.fill(len(devices), str(target)).build(devices)
+        mesh = with_auto_axes(mesh)
         if not isinstance(rules, Rules):
             rules = rules_for(MeshSpec.of(mesh).names, rules)
         patterns = dims if dims is None or isinstance(dims, DimPatterns) else DimPatterns.of(dims)
@@ -141,6 +143,24 @@ class Placer:
     def spec(self) -> MeshSpec:
         """Names and sizes of the mesh."""
         return MeshSpec.of(self.mesh)
+
+    def in_force(self) -> contextlib.AbstractContextManager[Any]:
+        """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
+        said = jax.sharding.get_abstract_mesh()
+        own = said.empty or said == self.mesh.abstract_mesh
+        return contextlib.nullcontext() if own else jax.set_mesh(self.mesh)
+
+    def on_mesh(self, tree: Any) -> Any:
+        """Arrays of another mesh, as ``jax.set_mesh`` makes them, whole on this one."""
+
+        def one(leaf: Any) -> Any:
+            made_on = getattr(getattr(leaf, "sharding", None), "mesh", None)
+            other = isinstance(leaf, jax.Array) and made_on not in (None, self.mesh)
+            return (
+                jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
+            )
+
+        return jax.tree.map(one, tree)
 
     def layout(self, tree: Any) -> TreeLayout:
         """Decide where each leaf of a tree lives.
@@ -181,6 +201,7 @@ class Placer:
         Returns:
             What ``build`` returns, each array in its layout.
         """
+        check_random(self.mesh)
         kept: list[Any] = []
 
         def arrays(*args: Any) -> Any:
@@ -189,12 +210,14 @@ class Placer:
             state = jax.tree_util.tree_map_with_path(_counted, state)
             leaves, structure = jax.tree.flatten(state)
             kept[:] = [graph, structure, [None if is_array(leaf) else leaf for leaf in leaves]]
-            return [leaf for leaf in leaves if is_array(leaf)]
+            return [strong(leaf) for leaf in leaves if is_array(leaf)]
 
-        shapes = jax.eval_shape(arrays, *args)
-        layout = self.layout(_rejoined(shapes, kept[1], kept[2]))
-        shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
-        made = jax.jit(arrays, out_shardings=shardings)(*args)
+        with self.in_force():
+            args = self.on_mesh(args)
+            shapes = jax.eval_shape(arrays, *args)
+            layout = self.layout(_rejoined(shapes, kept[1], kept[2]))
+            shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
+            made = jax.jit(arrays, out_shardings=shardings)(*args)
         graph, structure, others = kept
         return _merge(graph, _rejoined(made, structure, others))
 
@@ -207,9 +230,8 @@ class Placer:
         def put(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return jax.device_put(
-                leaf, NamedSharding(self.mesh, next(layout).spec), may_alias=False
-            )
+            sharding = NamedSharding(self.mesh, next(layout).spec)
+            return jax.device_put(strong(leaf), sharding, may_alias=False)
 
         return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
 
@@ -287,6 +309,13 @@ class Placer:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or the shape of one: what is placed."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+def strong(leaf: Any) -> Any:
+    """An array without the weak type of a Python number's: one step takes that away, and compiles
+    the next one anew."""
+    weak = getattr(leaf, "weak_type", False)
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
 @contextlib.contextmanager

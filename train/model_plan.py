@@ -49,7 +49,8 @@ from meshwright.sharding.dims import Dims, Leaf, describe_optimizer
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.placer import Patterns, Placer
+from meshwright.sharding.placement import check_random
+from meshwright.sharding.placer import Patterns, Placer, strong
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -226,7 +227,12 @@ class Plan:
         Raises:
             ConfigError: a model made abstractly has no values.
         """
+        check_random(self.mesh)
         key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+        with self.placer.in_force():
+            return self._init(self.placer.on_mesh(key))
+
+    def _init(self, key: Any) -> ModelState:
         dialect, shardings = self.parts.dialect, self.shardings
         if dialect.make is not None:
             return jax.jit(self._build, out_shardings=shardings)(key)
@@ -237,19 +243,23 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: jax.device_put(x, to, may_alias=False), values, at)
+            jax.tree.map(lambda x, to: jax.device_put(strong(x), to, may_alias=False), values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
-        opt_state = jax.jit(self.parts.optimizer.init, out_shardings=shardings.opt_state)(params)
+        make = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
+        opt_state = make(params)
         step, key = jax.device_put((jnp.zeros((), jnp.int32), key), shardings.step)
         return ModelState(step, params, rest, opt_state, key)
 
     def _build(self, key: Any) -> ModelState:
         assert self.parts.dialect.make is not None
         model_key, run_key = jax.random.split(key)
-        params, rest = self.parts.dialect.make(model_key)
-        opt_state = self.parts.optimizer.init(params)
+        params, rest = jax.tree.map(strong, self.parts.dialect.make(model_key))
+        opt_state = self._optimizer_state(params)
         return ModelState(jnp.zeros((), jnp.int32), params, rest, opt_state, run_key)
+
+    def _optimizer_state(self, params: Any) -> Any:
+        return jax.tree.map(strong, self.parts.optimizer.init(params))
 
     def place(self, batch: Any) -> Any:
         """A host's batch onto the devices; see `Placer.place`."""
@@ -261,16 +271,19 @@ class Plan:
         Returns:
             The next state and metrics: ``loss``, and what the loss function returned beside it.
         """
-        self._check(state, batch)
-        return self.jitted(state, batch)
+        with self.placer.in_force():
+            self._check(state, batch)
+            return self.jitted(state, batch)
 
     def eval_step(self, state: ModelState, batch: Any) -> dict[str, Any]:
         """Metrics of a batch, nothing changed; nnx modules are in evaluation mode."""
-        return self._evaluated(state, batch)
+        with self.placer.in_force():
+            return self._evaluated(state, batch)
 
     def gradients(self, state: ModelState, batch: Any) -> tuple[Any, Any]:
         """(loss, gradients) of a batch, as the step would update with."""
-        return self._gradients(state, batch)
+        with self.placer.in_force():
+            return self._gradients(state, batch)
 
     def model(self, state: ModelState) -> Any:
         """The model with a state's arrays: the nnx module, linen's variables, or the tree."""
@@ -332,9 +345,10 @@ class Plan:
 
     def lower(self) -> Any:
         """The step lowered for the mesh's devices, from shapes."""
-        traced = self.jitted.trace(self.shapes, self.batch_shapes)
-        check_constraints(traced.jaxpr)
-        return traced.lower()
+        with self.placer.in_force():
+            traced = self.jitted.trace(self.shapes, self.batch_shapes)
+            check_constraints(traced.jaxpr)
+            return traced.lower()
 
     def report(self, topology: str | Topology | None = None, *, quick: bool = False) -> PlanReport:
         """What the compiled step holds, moves and computes; see `meshwright.analyze`.
@@ -346,7 +360,8 @@ class Plan:
         """
         from meshwright.train.plan_report import report_of
 
-        return report_of(self, topology, quick=quick)
+        with self.placer.in_force():
+            return report_of(self, topology, quick=quick)
 
     def explain(self, html: str | Path | None = None) -> str:
         """The decisions as a table of text; as a page, too, if ``html`` names a file."""
