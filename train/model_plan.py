@@ -272,17 +272,19 @@ class Plan:
             The next state and metrics: ``loss``, and what the loss function returned beside it.
         """
         with self.placer.in_force():
-            self._check(state, batch)
+            self._check(self.jitted, state, batch)
             return self.jitted(state, batch)
 
     def eval_step(self, state: ModelState, batch: Any) -> dict[str, Any]:
         """Metrics of a batch, nothing changed; nnx modules are in evaluation mode."""
         with self.placer.in_force():
+            self._check(self._evaluated, state, batch)
             return self._evaluated(state, batch)
 
     def gradients(self, state: ModelState, batch: Any) -> tuple[Any, Any]:
         """(loss, gradients) of a batch, as the step would update with."""
         with self.placer.in_force():
+            self._check(self._gradients, state, batch)
             return self._gradients(state, batch)
 
     def model(self, state: ModelState) -> Any:
@@ -336,12 +338,12 @@ class Plan:
     def _checked(self) -> set[Any]:
         return set()
 
-    def _check(self, state: ModelState, batch: Any) -> None:
-        """Once for each shape of batch: refuse constraints that jit would drop."""
+    def _check(self, jitted: Any, state: ModelState, batch: Any) -> None:
+        """Once for each program and shape of batch: refuse constraints that jit would drop."""
         shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in jax.tree.leaves(batch))
-        if shapes not in self._checked:
-            check_constraints(self.jitted.trace(state, batch).jaxpr)
-            self._checked.add(shapes)
+        if (jitted, shapes) not in self._checked:
+            check_constraints(jitted.trace(state, batch).jaxpr)
+            self._checked.add((jitted, shapes))
 
     def lower(self) -> Any:
         """The step lowered for the mesh's devices, from shapes."""
