@@ -74,7 +74,8 @@ def test_rematerialization_is_told_with_the_users_line(topology: str | None) -> 
     report, line = report_of_rematerialized(topology)
     (warning,) = [w for w in report.warnings if w.code == "involuntary-rematerialization"]
     assert warning.source == f"{__file__}:{line}"
-    assert "{devices=[1,8,1]<=[8]} and makes it whole on each device" in warning.what
+    assert "could not reshard an array from" in warning.what  # into words of jax's release
+    assert warning.what.endswith("and makes it whole on each device")
 
 
 def test_the_tpu_compiler_does_not_tell_but_the_gather_has_its_line() -> None:
@@ -203,8 +204,8 @@ def test_xla_exchanges_rows_of_a_plain_program_and_a_plan_does_not() -> None:
 def compilations() -> Iterator[list[str]]:
     found: list[str] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        del seconds
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == "/jax/core/compile/backend_compile_duration":
             found.append(event)
 
@@ -229,7 +230,7 @@ def counted_loss(params: Any, batch: Any) -> Any:
 WEIGHTS = {"w": np.ones((64, 64), np.float32)}
 STEPS = {
     "nnx with streams": lambda: planned(Net, net_loss),
-    "linen": lambda: planned(NET, lambda v, b: jnp.mean(NET.apply(v, b) ** 2)),
+    "linen": lambda: planned(NET, lambda v, b: jnp.mean(jnp.square(NET.apply(v, b)))),
     "python scalars": lambda: planned({**WEIGHTS, "scale": 2.0, "name": "w"}, tree_loss),
     "weak type": lambda: planned({**WEIGHTS, "scale": jnp.asarray(2.0)}, tree_loss),
     "weak type, made": lambda: planned(
