@@ -47,7 +47,13 @@ __all__ = [
     "signature_of",
 ]
 
-PACKAGES = ("meshwright.sharding", "meshwright.models", "meshwright.train", "meshwright")
+PACKAGES = (
+    "meshwright.sharding",
+    "meshwright.models",
+    "meshwright.train",
+    "meshwright.testing",
+    "meshwright",
+)
 """Whose names are documented; the first that has a name describes it."""
 
 _HELP_COLUMNS = 96

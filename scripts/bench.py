@@ -22,6 +22,10 @@ BENCHMARKS = {
         "the same for every composition of parallelisms, as a table",
     ),
     "overhead": ("bench", "time of the step against the same mathematics written by hand"),
+    "library": (
+        "bench_library",
+        "a plan's step against a user's own, an import against jax's, 100,000 leaves resolved",
+    ),
     "launch": ("bench", "seconds from the command to the first finished step, cold and warm"),
     "lowering": ("bench", "time to trace and lower the step against the number of layers"),
     "pauses": ("bench", "time the loop waits for data, and for a checkpoint"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.decisions import Decisions as Decisions
     from meshwright.sharding.decisions import check_mesh as check_mesh
     from meshwright.sharding.decisions import resolve as resolve
+    from meshwright.sharding.decisions_page import decisions_html as decisions_html
     from meshwright.sharding.dims import DimPatterns as DimPatterns
     from meshwright.sharding.dims import Leaf as Leaf
     from meshwright.sharding.dims import describe as describe
@@ -104,6 +105,7 @@ __all__ = [
     "check_mesh",
     "context",
     "data",
+    "decisions_html",
     "describe",
     "describe_optimizer",
     "dims_of",
@@ -162,6 +164,7 @@ _MODULE_OF = {
     "check_mesh": "decisions",
     "context": "strategies",
     "data": "strategies",
+    "decisions_html": "decisions_page",
     "describe": "dims",
     "describe_optimizer": "dims",
     "dims_of": "dims",

@@ -11,7 +11,8 @@ hands it in; a figure is never guessed.
 
 A program compiled for CPU devices proves shardings and which collectives there are. What they
 move in all and its memory are another machine's (CPU compilers widen bfloat16 and know no
-reduce-scatter), so traffic and peak are left out and a provenance line says so.
+reduce-scatter), so traffic and peak are left out and a provenance line says so; another says
+whether the program has anything to widen.
 
 What is kept of a compile is the compiled program and not the report, so that other rates or
 another name for a leaf do not compile again (`compile_once`).
@@ -20,6 +21,7 @@ another name for a leaf do not compile again (`compile_once`).
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -61,11 +63,14 @@ __all__ = [
     "compile_once",
     "compiled_memory",
     "compute_and_time",
+    "has_narrow_floats",
     "judged",
     "provenance_of",
     "read_program",
     "traffic_of",
 ]
+
+_NARROW = re.compile(r"\b(?:bf16|f16|f8\w*)\[")
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,14 @@ class ProgramReading:
         cost: work; None where the text could not be read.
         cycles: the TPU compiler's own estimates; None elsewhere.
         unread: what could not be read, in sentences.
+        narrow: whether any array of it has elements of floating point under 32 bits.
     """
 
     collectives: tuple[Collective, ...] = ()
     cost: ProgramCost | None = None
     cycles: CycleCount | None = None
     unread: tuple[str, ...] = ()
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ def read_program(
     try:
         module = parse_module(compiled.text)
         slices = topology.slices if topology.kind == "tpu" else 1
-        found = collectives_of(module, mesh, slices=slices, leaf_of=leaf_of)
+        simulated = topology.kind == "cpu"
+        found = collectives_of(module, mesh, slices=slices, leaf_of=leaf_of, simulated=simulated)
     except HloSyntaxError as error:
         return ProgramReading(unread=(f"collectives, traffic, flops and time: {error}",))
     cost = cost_of(module)
@@ -176,7 +184,13 @@ def read_program(
         cost,
         cycles,
         (*found.unread, *cost.unread, *(cycles.unread if cycles else ())),
+        has_narrow_floats(compiled.text),
     )
+
+
+def has_narrow_floats(text: str) -> bool:
+    """Whether a compiled program has floating point under 32 bits, which CPU compilers widen."""
+    return _NARROW.search(text) is not None
 
 
 def traffic_of(
@@ -391,6 +405,11 @@ def provenance_of(
         return {
             "memory.peak_bytes": ("unknown", cannot),
             "collectives": ("compiler", cannot),
+            "collectives.bytes": (
+                ("unknown", "CPU compilers widen floating point under 32 bits before they send it")
+                if reading.narrow
+                else ("compiler", f"{how}; nothing in the program is under 32 bits wide")
+            ),
             "traffic": ("unknown", cannot),
             "flops.device_flops": ("compiler", how),
             "time": ("unknown", "no rates for simulated devices"),

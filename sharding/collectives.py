@@ -10,7 +10,9 @@ Collective Communication Operations in MPICH").
 The permutes of a windowed einsum are reported as the all-gather or reduce-scatter that they
 implement, with the bytes that the permutes really send: the two differ, because the compiler
 rotates the last shard on although nobody needs it. What the compiler turned into something
-dearer, such as a reduce-scatter into an all-reduce, is reported as what moves.
+dearer, such as a reduce-scatter into an all-reduce, is reported as what moves; but of a program
+for simulated devices, which stands for one of hardware whose compilers have the pass that XLA for
+CPUs lacks, a sum that is kept in slices alone is the reduce-scatter it becomes (`hlo_scattered`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 from meshwright.sharding.hlo import Instruction, Module, Shape
 from meshwright.sharding.hlo_moves import Move, Part, scan_moves
 from meshwright.sharding.hlo_program import Program
+from meshwright.sharding.hlo_scattered import scattered_parts
 from meshwright.sharding.hlo_windowed import Windowed, find_windowed
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, Phase
@@ -65,7 +68,12 @@ def phase_of(op_name: str) -> Phase:
 
 
 def collectives_of(
-    module: Module, mesh: MeshSpec, *, slices: int = 1, leaf_of: LeafOf | None = None
+    module: Module,
+    mesh: MeshSpec,
+    *,
+    slices: int = 1,
+    leaf_of: LeafOf | None = None,
+    simulated: bool = False,
 ) -> CollectiveList:
     """List every collective of a compiled program.
 
@@ -75,6 +83,8 @@ def collectives_of(
         slices: TPU slices the mesh lies over.
         leaf_of: names the parameter or activation that one array of a collective is, given the
             instruction and the array's full shape; combined collectives are split by it.
+        simulated: the program is for CPU devices that stand for hardware: all-reduces kept in
+            slices alone are reduce-scatters, with their wire bytes.
 
     Raises:
         MeshError: the mesh cannot be cut along the slices.
@@ -84,7 +94,8 @@ def collectives_of(
     windowed, rest = find_windowed(program, scan.moves)
     found: list[tuple[Instruction, Collective]] = []
     for move in rest:
-        found += _of_move(program, move, leaf_of)
+        scattered = scattered_parts(program, move) if simulated else frozenset()
+        found += _of_move(program, move, leaf_of, scattered)
     for einsum in windowed:
         found.append(_of_windowed(program, einsum, leaf_of))
     order = {name: n for n, name in enumerate(module.computations)}
@@ -93,26 +104,27 @@ def collectives_of(
 
 
 def _of_move(
-    program: Program, move: Move, leaf_of: LeafOf | None
+    program: Program, move: Move, leaf_of: LeafOf | None, scattered: frozenset[int]
 ) -> list[tuple[Instruction, Collective]]:
-    """One collective, or one for each leaf and phase among the arrays that were combined."""
-    by_owner: dict[tuple[str, Phase], list[tuple[Part, Instruction]]] = {}
-    for part in _pieces(program, move):
+    """One collective, or one for each leaf, phase and kind among the arrays that were combined."""
+    by_owner: dict[tuple[str, Phase, Kind], list[tuple[Part, Instruction]]] = {}
+    for number, part in _pieces(program, move):
         origin = _origin(program, move, part)
         leaf = leaf_of(move.instruction, part.full) if leaf_of else ""
         phase = _phase(program, move.instruction, origin)
-        by_owner.setdefault((leaf, phase), []).append((part, origin))
+        kind = "reduce-scatter" if number in scattered else move.kind
+        by_owner.setdefault((leaf, phase, kind), []).append((part, origin))
     found = []
-    for (leaf, phase), members in by_owner.items():
+    for (leaf, phase, kind), members in by_owner.items():
         largest, origin = max(members, key=lambda member: member[0].full.bytes)
         full = sum(part.full.bytes for part, _ in members)
         n = move.groups.participants
         collective = Collective(
-            kind=move.kind,
+            kind=kind,
             axes=move.groups.axes,
             count=move.count,
             bytes=full * move.count,
-            wire_bytes=_sent(move, full * move.count),
+            wire_bytes=_sent(move, kind, full * move.count),
             phase=phase,
             overlaps=move.overlaps,
             source=program.module.source_of(origin),
@@ -128,21 +140,24 @@ def _of_move(
     return found
 
 
-def _sent(move: Move, size_bytes: int) -> int:
+def _sent(move: Move, kind: Kind, size_bytes: int) -> int:
     """Bytes that a device sends; the mean over devices of a permute in which some do not."""
-    sent = ring_bytes(move.kind, size_bytes, move.groups.participants)
+    sent = ring_bytes(kind, size_bytes, move.groups.participants)
     return round(sent * move.groups.senders)
 
 
-def _pieces(program: Program, move: Move) -> list[Part]:
-    """The arrays of a move; those that were flattened and concatenated first are taken apart."""
+def _pieces(program: Program, move: Move) -> list[tuple[int, Part]]:
+    """The arrays of a move, each with the number of its part.
+
+    Those that were flattened and concatenated first are taken apart.
+    """
     found = []
-    for part in move.parts:
+    for number, part in enumerate(move.parts):
         joined = _concatenated(program, program.operand(move.instruction, part.name))
         if part.operand != part.result or sum(i.bytes for i in joined) != part.operand.bytes:
-            found.append(part)
+            found.append((number, part))
             continue
-        found += [Part(i.shapes[0], i.shapes[0], i.name, i.shapes[0]) for i in joined]
+        found += [(number, Part(i.shapes[0], i.shapes[0], i.name, i.shapes[0])) for i in joined]
     return found
 
 

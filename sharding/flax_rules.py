@@ -74,7 +74,7 @@ def read_flax_rules(rules: Sequence[FlaxRule], dialect: Dialect, mesh_axes: Sequ
 def _axes_of(name: str, axes: str | Sequence[str] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
-    found = tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+    found = (axes,) if isinstance(axes, str) or not isinstance(axes, Sequence) else tuple(axes)
     if not all(isinstance(axis, str) for axis in found):
         raise RulesError(
             f"cannot read the Flax rule for `{name}`",

@@ -1,40 +1,13 @@
-// Draws a plan from the JSON document in the page. Strings of the plan become text nodes, never
-// markup; every element is made by `el` or `shape`.
-"use strict";
+// Draws a plan from the JSON document in the page.
 
-const plan = JSON.parse(document.getElementById("plan-data").textContent);
-const layout = JSON.parse(document.getElementById("plan-layout").textContent);
+const plan = held("plan-data");
+const layout = held("plan-layout");
 const PARTS = ["parameters", "gradients", "optimizer", "batch", "activations", "temporaries"];
 const AT_ONCE = 400; // rows of a table before a reader asks for more
 
-// ---- making elements ------------------------------------------------------------------------
-
-function fill(node, attributes, children) {
-  for (const [key, value] of Object.entries(attributes || {})) {
-    if (key === "width%") node.style.width = `${value}%`;
-    else if (key === "left%") node.style.left = `${value}%`;
-    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value);
-  }
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== ""));
-  return node;
-}
-const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
-const shape = (tag, attributes, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const into = (id, ...children) => fill(document.getElementById(id), {}, children);
-
 // ---- quantities -----------------------------------------------------------------------------
 
-const known = (value) => value !== null && value !== undefined;
 const digits = (value) => value.toFixed(value < 9.995 ? 2 : value < 99.95 ? 1 : 0);
-function bytes(value) {
-  if (!known(value)) return "unknown";
-  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-  let unit = 0;
-  for (; Math.round(value * 10) / 10 >= 1024 && unit < 5; unit++) value /= 1024;
-  return `${value.toFixed(unit ? 1 : 0)} ${units[unit]}`;
-}
 function seconds(value) {
   if (!known(value)) return "unknown";
   if (value === 0) return "0 s";
@@ -47,7 +20,6 @@ function count(value, unit = "") {
     if (value >= scale * 0.9995) return `${digits(value / scale)} ${prefix}${unit}`;
   return `${+digits(value)}${unit && " " + unit}`;
 }
-const whole = (value) => Math.round(value).toLocaleString("en-US");
 const percent = (value) => (value > 0 && value < 0.005 ? "<1%" : `${Math.round(value * 100)}%`);
 const span = (pair, write) => (known(pair) ? [pair[1], pair[0]].map(write).filter((s, i, all) => !i || s !== all[0]).join(" \u2013 ") : "unknown");
 
@@ -77,7 +49,7 @@ function sortable(columns, rows, label, started) {
   function compare(a, b) {
     const [left, right] = [sorted.column.value(a), sorted.column.value(b)];
     if (!known(left) || !known(right)) return known(right) - known(left); // the unknown go last
-    const order = typeof left === "number" ? left - right : String(left).localeCompare(String(right), "en", { numeric: true });
+    const order = typeof left === "number" ? left - right : inOrder(String(left), String(right));
     return sorted.down ? -order : order;
   }
   function draw() {
@@ -122,11 +94,7 @@ function head() {
   const verdict = into("verdict", el("b", {}, word), el("span", { id: "verdict-text" }, said), origin("memory.peak_bytes"));
   if (kind) verdict.classList.add(kind);
   into("schema", "Schema ", el("code", {}, plan.schema), ".");
-  document.getElementById("download").addEventListener("click", () => {
-    const url = URL.createObjectURL(new Blob([JSON.stringify(plan, null, 1)], { type: "application/json" }));
-    el("a", { href: url, download: "plan.json" }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10000);
-  });
+  offer(plan, "plan.json");
 }
 
 function tiles() {
@@ -350,7 +318,7 @@ function planes(devices) {
     }
     for (const sharing of seen.values()) sharing.forEach((cell, i) => { cell.nth = i; cell.of = sharing.length; });
   }
-  return [...found.values()].sort((a, b) => a.caption.localeCompare(b.caption, "en", { numeric: true }));
+  return [...found.values()].sort((a, b) => inOrder(a.caption, b.caption));
 }
 function mesh() {
   if (!layout) return into("mesh", el("p", { class: "note" }, `Nothing to draw: where the devices of ${plan.topology} sit is not known.`));

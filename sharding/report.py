@@ -70,6 +70,7 @@ def decisions_table(title: str, tables: Sequence[tuple[str, Decisions]]) -> Tabl
         tables: (column heading, decisions) of the same leaves; the last one gives the bytes
             and, where the first keeps a leaf whole, the reason.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     columns = [(name, found) for name, found in tables]
@@ -86,7 +87,7 @@ def decisions_table(title: str, tables: Sequence[tuple[str, Decisions]]) -> Tabl
     for index, decision in enumerate(first):
         deciding = decision if decision.spec else last.decisions[index]
         why = deciding.rule if deciding.spec else deciding.reason
-        table.add_row(
+        cells = (
             decision.leaf.path,
             format_shape(decision.leaf.shape),
             format_dims(decision.leaf.dims),
@@ -94,4 +95,5 @@ def decisions_table(title: str, tables: Sequence[tuple[str, Decisions]]) -> Tabl
             why,
             format_bytes(last.decisions[index].bytes_per_device),
         )
+        table.add_row(*map(escape, cells))  # a path may look like rich's markup
     return table

@@ -48,6 +48,16 @@ os.close(there), os.close(back)
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 _LONGEST_SECONDS = 30.0
+# What the protocol wants beside the names: https://www.w3.org/TR/uievents/#fixed-virtual-key-codes
+_KEYS = {
+    "Tab": 9,
+    "Enter": 13,
+    "End": 35,
+    "Home": 36,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+}
 
 
 def find_browser() -> str | None:
@@ -147,15 +157,31 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Press and release the mouse on the middle of an element, as a reader would."""
-        place = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
-        x, y = place
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+        x, y = self.hover(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def hover(self, selector: str) -> tuple[float, float]:
+        """Move the mouse to the middle of an element, which is brought into sight."""
+        x, y = self._middle(selector)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def tap(self, selector: str) -> None:
+        """Touch the middle of an element, on a screen without a mouse."""
+        x, y = self._middle(selector)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        self.call("Emulation.setTouchEmulationEnabled", enabled=False)
+
+    def press(self, key: str) -> None:
+        """Press and release a key that has a name, such as ``Tab`` or ``ArrowDown``."""
+        words = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
+        if key == "Enter":
+            words["text"] = "\r"
+        self.call("Input.dispatchKeyEvent", type="keyDown", **words)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **words)
 
     def type(self, selector: str, text: str) -> None:
         """Put the cursor in a field and type into it."""
@@ -179,6 +205,15 @@ class Browser:
         """Addresses the page asked for, so far."""
         asked = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in asked]
+
+    def _middle(self, selector: str) -> tuple[float, float]:
+        """Where an element's middle is in the window, once it is in sight."""
+        x, y = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        return x, y
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

@@ -9,14 +9,19 @@ the same cache through the environment.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import jax
 import pytest
+from browsing import Browser, find_browser
 
 from meshwright.sharding.topology import IN_ORDER
+
+# Ours, as the entry point of an install would load it: make_mesh, and the marker of devices.
+pytest_plugins = ["pytester", "meshwright.sharding.pytest_plugin"]
 
 DEVICES = 8
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meshwright" / "tests"
@@ -47,6 +52,16 @@ def devices() -> list[Any]:
     found = jax.devices()
     assert len(found) == DEVICES, f"the backend started before conftest: {found}"
     return found
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless browser with one page, for the tests of a module."""
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium or Chrome on the path: apt-get install chromium")
+    with Browser(path, tmp_path_factory.mktemp("chromium") / "profile") as found:
+        yield found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,7 +32,11 @@ PACKAGES = {
 }
 FOLDERS = ("sharding", "models", "train", "scripts", "tests", "docs")
 FILES = ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
-PAGE = tuple(f"sharding/plan_page.{suffix}" for suffix in ("css", "html", "js"))
+PAGES = tuple(
+    str(path.relative_to(ROOT))
+    for suffix in ("css", "html", "js")
+    for path in sorted(ROOT.joinpath("sharding").glob(f"*.{suffix}"))
+)
 
 pytestmark = pytest.mark.wheel
 
@@ -110,7 +114,7 @@ def environment(wheel: Path) -> Path:
 def test_sdist_holds_sources_tests_and_licence(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {*FILES, *PAGE, "sharding/_root/py.typed", "tests/conftest.py"}
+    needed = {*FILES, *PAGES, "sharding/_root/py.typed", "tests/conftest.py"}
     for folder in ("sharding", "sharding/_root", "models", "train", "scripts"):
         needed |= {str(path.relative_to(ROOT)) for path in ROOT.joinpath(folder).glob("*.py")}
     assert not needed - names
@@ -122,11 +126,12 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = archive.read(entry_points).decode()
         licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
-    expected = {"meshwright/py.typed", *(f"meshwright/{path}" for path in PAGE)}
+    expected = {"meshwright/py.typed", *(f"meshwright/{path}" for path in PAGES)}
     for package, folder in PACKAGES.items():
         expected |= {f"{package}/{path.name}" for path in ROOT.joinpath(folder).glob("*.py")}
     assert names == expected
     assert "meshwright = meshwright.scripts.main:main" in scripts
+    assert "[pytest11]\nmeshwright = meshwright.sharding.pytest_plugin" in scripts
     assert licences
 
 

@@ -90,7 +90,7 @@ class Hidden(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Dense(self.size)(x)
-        x = nn.with_logical_constraint(x, ("batch", self.name_of_hidden))
+        x = nn.with_logical_constraint(x, ("batch", self.name_of_hidden))  # type: ignore[attr-defined]
         return nn.Dense(64)(x)
 
 
@@ -314,6 +314,7 @@ def test_nothing_is_whole_on_a_device_at_init() -> None:
     for shardings, at_most in ((plan.shardings, whole / 3), (None, np.inf)):
         program = jax.jit(plan._build, out_shardings=shardings).lower(jax.random.key(0)).compile()
         memory = program.memory_analysis()
+        assert memory is not None
         needed = memory.output_size_in_bytes + memory.temp_size_in_bytes
         assert needed < at_most if shardings else needed > whole
 

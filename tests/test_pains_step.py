@@ -109,9 +109,8 @@ def net_loss(net: Net, batch: jax.Array) -> jax.Array:
 
 def trained(mesh: Any) -> float:
     plan = planned(Net, net_loss, mesh)
-    state = plan.init(jax.random.key(0))
-    for _ in range(2):
-        state, metrics = plan.step(state, plan.place(ROWS))
+    state, _ = plan.step(plan.init(jax.random.key(0)), plan.place(ROWS))
+    state, metrics = plan.step(state, plan.place(ROWS))
     plan.eval_step(state, plan.place(ROWS))
     plan.gradients(state, plan.place(ROWS))
     plan.lower()
@@ -223,6 +222,11 @@ def tree_loss(params: Any, batch: Any) -> Any:
     return jnp.mean((batch @ params["w"]) ** 2 * params.get("scale", 1.0))
 
 
+def linen_loss(variables: Any, batch: Any) -> Any:
+    found: Any = NET.apply(variables, batch)
+    return jnp.mean(found**2)
+
+
 def counted_loss(params: Any, batch: Any) -> Any:
     return tree_loss(params, batch), {}, {"seen": params["seen"] + 1}
 
@@ -230,7 +234,7 @@ def counted_loss(params: Any, batch: Any) -> Any:
 WEIGHTS = {"w": np.ones((64, 64), np.float32)}
 STEPS = {
     "nnx with streams": lambda: planned(Net, net_loss),
-    "linen": lambda: planned(NET, lambda v, b: jnp.mean(jnp.square(NET.apply(v, b)))),
+    "linen": lambda: planned(NET, linen_loss),
     "python scalars": lambda: planned({**WEIGHTS, "scale": 2.0, "name": "w"}, tree_loss),
     "weak type": lambda: planned({**WEIGHTS, "scale": jnp.asarray(2.0)}, tree_loss),
     "weak type, made": lambda: planned(

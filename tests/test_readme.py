@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.scripts import explain, plan
 from meshwright.scripts.flags import read
 from meshwright.scripts.main import VERBS
-from meshwright.scripts.plan import OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
     _, verb, *words = shlex.split(command)
     assert verb in VERBS
     if verb in ("train", "explain", "plan"):
-        options = OPTIONS if verb == "plan" else ()
+        options = {"plan": plan.OPTIONS, "explain": explain.OPTIONS}.get(verb, ())
         read(words, verb, options=options)
 
 

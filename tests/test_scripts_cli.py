@@ -250,14 +250,15 @@ def test_help_version_and_unknown_verbs(run: Run) -> None:
 def test_explain(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     replace_module(monkeypatch, "explain", "explain", lambda *args: calls.append(args) or 0)
-    words = ["--model", "llama-1b", "--json", "a.json", "--mesh", "fsdp=8"]
+    words = ["--model", "llama-1b", "--json", "a.json", "--mesh", "fsdp=8", "--html", "a.html"]
     assert run("explain", *words)[0] == 0
     assert run("explain")[0] == 0
     wide = changed(model=named("llama-1b"), mesh="fsdp=8")
-    assert calls == [(wide, "a.json"), (default_config(), None)]
+    assert calls == [(wide, "a.json", "a.html"), (default_config(), None, None)]
     assert "`--json` has no value" in run("explain", "--json")[2]
     assert "did you mean `--json`" in run("explain", "--jsn", "x")[2]
-    assert "--json FILE" in run("explain", "--help")[1]
+    described = run("explain", "--help")[1]
+    assert "--json FILE" in described and "--html FILE" in described
 
 
 def test_tokenize(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

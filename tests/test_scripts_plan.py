@@ -20,8 +20,8 @@ from meshwright.sharding.aot_errors import CompileError
 from meshwright.sharding.aot_program import CompiledProgram, OutOfMemory
 from meshwright.sharding.aot_wheels import wheels
 from meshwright.sharding.plan_json import report_from_json
-from meshwright.train import plan as plan_module
 from meshwright.train import planning
+from meshwright.train import run_plan as plan_module
 
 GIB = 2**30
 TINY = ["--model", "tiny", "--batch-size", "16"]

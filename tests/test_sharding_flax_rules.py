@@ -1,7 +1,7 @@
 """Flax rule lists read in, with a note of every name that would mean something else."""
 
 import pytest
-from flax import linen as nn
+from flax.linen import spmd
 from jax.sharding import PartitionSpec
 
 from meshwright.sharding.decisions import resolve
@@ -34,7 +34,7 @@ def test_a_list_without_traps_means_what_linen_makes_of_it(
     dims: tuple[str | None, ...], table: Table
 ) -> None:
     (decision,) = resolve([leaf(*dims)], Rules.from_flax(LIST), MESH, table)
-    theirs = nn.logical_to_mesh_axes(dims, LIST)
+    theirs = spmd.logical_to_mesh_axes(dims, LIST)
     assert theirs is not None
     entries = list(theirs)
     while entries and entries[-1] is None:
@@ -63,7 +63,7 @@ def test_a_name_given_twice_is_noted_in_both_dialects() -> None:
 
 def test_an_axis_that_linen_would_pass_over_is_an_error() -> None:
     rules = Rules.from_flax([("embed", "fsdp"), ("mlp", "fsdp")])
-    assert nn.logical_to_mesh_axes(("embed", "mlp"), [("embed", "fsdp"), ("mlp", "fsdp")]) == (
+    assert spmd.logical_to_mesh_axes(("embed", "mlp"), [("embed", "fsdp"), ("mlp", "fsdp")]) == (
         PartitionSpec("fsdp", None)
     )
     with pytest.raises(PlacementError, match="two dims of `w` over the same axis `fsdp`"):
@@ -71,7 +71,7 @@ def test_an_axis_that_linen_would_pass_over_is_an_error() -> None:
 
 
 def test_a_name_that_is_not_in_the_list_is_an_error_where_linen_leaves_it_whole() -> None:
-    assert nn.logical_to_mesh_axes(("embed", "extra"), LIST) == PartitionSpec("fsdp", None)
+    assert spmd.logical_to_mesh_axes(("embed", "extra"), LIST) == PartitionSpec("fsdp", None)
     with pytest.raises(PlacementError, match="no rule knows the dim `extra`"):
         resolve([leaf("embed", "extra")], Rules.from_flax(LIST), MESH, "params")
     assert any("linen leaves its dim whole" in note for note in Rules.from_flax(LIST).notes)

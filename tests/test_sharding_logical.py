@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax.core import spmd
+from flax.linen.spmd import with_logical_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.sharding.errors import PlacementError
@@ -45,7 +46,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.with_logical_constraint(nn.Dense(8)(x), self.names)
+        return with_logical_constraint(nn.Dense(8)(x), self.names)
 
 
 def test_a_linen_model_with_logical_constraints_goes_by_the_activations_table(
@@ -76,12 +77,16 @@ def test_names_are_as_strict_as_ours(constrain: Constrain) -> None:
 
 def test_none_and_unconstrained_dims_and_rules_of_its_own(constrain: Constrain) -> None:
     x = jnp.ones((8, 4))
-    assert specs(traced(constrain, lambda x: nn.with_logical_constraint(x, None), x)) == []
-    found = specs(traced(constrain, lambda x: nn.with_logical_constraint(x, ("batch", None)), x))
+    assert specs(traced(constrain, lambda x: with_logical_constraint(x, None), x)) == []
+    found = specs(traced(constrain, lambda x: with_logical_constraint(x, ("batch", None)), x))
     assert found == [PartitionSpec(("data", "fsdp"))]
     own = (("batch", "tensor"),)
     found = specs(
-        traced(constrain, lambda x: nn.with_logical_constraint(x, ("batch", None), rules=own), x)
+        traced(
+            constrain,
+            lambda x: with_logical_constraint(x, ("batch", None), rules=own),
+            x,
+        )
     )
     assert found == [PartitionSpec("tensor", None)]
 
@@ -103,7 +108,7 @@ def test_nothing_is_left_behind(constrain: Constrain) -> None:
         raise RuntimeError("planted")
     assert spmd.get_logical_axis_rules() == before
     x = jnp.ones((8, 4))
-    found = specs(jax.make_jaxpr(lambda x: nn.with_logical_constraint(x, ("batch", "mlp")))(x))
+    found = specs(jax.make_jaxpr(lambda x: with_logical_constraint(x, ("batch", "mlp")))(x))
     assert found == []
     assert jax.sharding.get_abstract_mesh().empty
 

@@ -136,7 +136,7 @@ def test_a_flax_train_state_with_a_jitted_step(devices: list[Any]) -> None:
 
     for _ in range(3):
         state = step(state, place.place(x))
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # type: ignore[attr-defined]
     assert state.params["Dense_1"]["kernel"].value.sharding.spec == P("fsdp")
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import plan_samples
 import pytest
-from browsing import Browser, find_browser
+from browsing import Browser
+from pages import HOSTILE, Outline
 
 from meshwright.sharding.links import MOST_DRAWN, physical_layout
 from meshwright.sharding.mesh import MeshSpec
@@ -20,10 +19,6 @@ from meshwright.sharding.plan_json import report_from_json, report_json
 from meshwright.sharding.planned import Collective, PlanReport, PlanWarning
 from meshwright.sharding.topology import Topology
 
-HOSTILE = (
-    "</script ></script x='\t<script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
-    "<!--\ud800 &amp; '\""
-)
 SAMPLES = {
     "fitting": plan_samples.fitting(),
     "too_large": plan_samples.too_large(),
@@ -53,37 +48,6 @@ def hostile() -> PlanReport:
         provenance={attack: ("formula", attack)},
         unread=(attack,),
     )
-
-
-class Outline(HTMLParser):
-    """Elements in order, the text of scripts, and whether everything that opens closes."""
-
-    VOID = ("meta", "input", "br", "img", "link", "hr")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.texts: dict[str, str] = {}
-        self.addresses: list[str] = []
-        self._id = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        found = dict(attrs)
-        self._id = found.get("id") or tag
-        self.addresses += [value or "" for key, value in attrs if key in ("src", "href", "action")]
-        assert not [key for key in found if key.startswith("on")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts[self._id] = self.texts.get(self._id, "") + data
 
 
 @pytest.mark.parametrize("report", [*SAMPLES.values(), hostile()], ids=[*SAMPLES, "hostile"])
@@ -151,15 +115,6 @@ def test_devices_are_drawn_where_they_are(
     assert last in {device["where"] for device in found}
     assert len({device["where"] for device in found}) == len(found)
     assert len({tuple(device["mesh"].values()) for device in found}) == len(found)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = find_browser()
-    if path is None:
-        pytest.skip("no Chromium or Chrome on the path: apt-get install chromium")
-    with Browser(path, tmp_path_factory.mktemp("chromium") / "profile") as found:
-        yield found
 
 
 def opened(browser: Browser, tmp_path: Path, report: PlanReport, layout=None) -> Browser:

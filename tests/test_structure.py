@@ -31,7 +31,18 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 HEAVY = ("jax", "flax", "numpy", "optax", "grain", "orbax")
 # The only modules of sharding/ that need jax to be imported.
-WITH_JAX = ("decisions", "dims", "logical", "placement", "placer", "report")
+WITH_JAX = (
+    "decisions",
+    "dims",
+    "logical",
+    "placement",
+    "placer",
+    "report",
+    "testing",
+    "testing_collectives",
+    "testing_compiles",
+    "testing_numbers",
+)
 JAX_FREE = (
     "meshwright",
     *sorted(
@@ -148,7 +159,9 @@ def test_package_exports_resolve(package: str) -> None:
     for name in names:
         value = getattr(module, name)
         is_module = isinstance(value, ModuleType)
-        assert is_module == (package == "meshwright" and name in ROOMS), f"{package}.{name}"
+        assert is_module == (package == "meshwright" and name in (*ROOMS, "testing")), (
+            f"{package}.{name}"
+        )
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = module.no_such_name
 

@@ -153,7 +153,8 @@ class Plain(nn.Module):
 
 
 def plain_loss(variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return jnp.mean((Plain().apply(variables, batch["x"]) - batch["y"]) ** 2)
+    out: Any = Plain().apply(variables, batch["x"])
+    return jnp.mean((out - batch["y"]) ** 2)
 
 
 def plain_plan(mesh: str, **changes: Any) -> Plan:

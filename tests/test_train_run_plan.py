@@ -31,7 +31,7 @@ from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.plan_json import origin_of, report_from_json, report_json
 from meshwright.sharding.step_time import MeasuredRates
 from meshwright.sharding.topology import Topology
-from meshwright.train import plan as plan_module
+from meshwright.train import run_plan as plan_module
 from meshwright.train.config import DataConfig, TrainConfig
 from meshwright.train.estimate_memory import COUNTER_BYTES
 from meshwright.train.plan_leaves import check_leaves, leaf_namer, local_shape

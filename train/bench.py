@@ -31,6 +31,7 @@ from meshwright.train.parity import Case, all_cases, compare, program_of, run_ca
 from meshwright.train.program import Program
 
 __all__ = [
+    "collective_counts",
     "finish",
     "launch",
     "lowering",
@@ -177,7 +178,7 @@ class _Timed:
 
     def __init__(self, compiled: Any, state: Any, batch: Any, loss: Callable[[Any], Any]) -> None:
         self._compiled, self._state, self._batch, self._loss = compiled, state, batch, loss
-        self.collectives = _collectives(compiled.as_text())
+        self.collectives = collective_counts(compiled.as_text())
 
     def __call__(self) -> float:
         out = self._compiled(*self._state, *self._batch)
@@ -211,7 +212,7 @@ def _two_steps(program: Program, host: dict[str, np.ndarray]) -> tuple[_Timed, _
     return ours, by_hand
 
 
-def _collectives(text: str) -> dict[str, int]:
+def collective_counts(text: str) -> dict[str, int]:
     """Collective operations in a compiled program's text, by kind; loops are not multiplied."""
     found = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in _KINDS}
     return {kind: count for kind, count in found.items() if count}

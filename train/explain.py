@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from meshwright.models.config import count_parameters
 from meshwright.models.pure import Functional, functional
 from meshwright.sharding.decisions import Decisions
-from meshwright.sharding.errors import PlacementError, RunError
+from meshwright.sharding.decisions_page import decisions_html
+from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.report import decision_json, decisions_table, spec_json
 from meshwright.sharding.topology import Topology
@@ -24,6 +24,7 @@ from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout, resolve_layout
 from meshwright.train.optimizer import make_optimizer
+from meshwright.train.outfiles import check_writable, write_text
 from meshwright.train.parallelism import check_batch, choose_mesh, choose_places, choose_rules
 from meshwright.train.state import abstract_state
 
@@ -31,6 +32,7 @@ __all__ = [
     "Totals",
     "decisions_json",
     "explain",
+    "explain_html",
     "explain_json",
     "gradients_of",
     "layout_of",
@@ -104,21 +106,33 @@ def totals_of(layout: Layout, *, grad_accum: int, compute_itemsize: int) -> Tota
     )
 
 
-def explain(config: TrainConfig, json_path: str | None = None) -> int:
-    """Print the decisions and totals of a config to stdout; write them to ``json_path`` as JSON.
+def explain(config: TrainConfig, json_path: str | None = None, html_path: str | None = None) -> int:
+    """Print the decisions and totals of a config to stdout.
+
+    Args:
+        config: of the run asked about.
+        json_path: a file to write them to as JSON.
+        html_path: a file to write them to as a page.
 
     Returns:
         The exit code, 0.
+
+    Raises:
+        MeshwrightError: bad input, or a file that cannot be written.
     """
     from rich.console import Console
 
+    files = check_writable({"json": json_path, "html": html_path})
     topology, mesh = _mesh_without_devices(config)
     model = functional(config.model, choose_places(config, mesh))
     layout = layout_of(config, model, mesh)
     itemsize = 4 if config.dtype == "float32" else 2
     totals = totals_of(layout, grad_accum=config.grad_accum, compute_itemsize=itemsize)
-    if json_path:
-        _write(json_path, explain_json(config, str(topology), layout, totals))
+    if "json" in files:
+        document = explain_json(config, str(topology), layout, totals)
+        write_text(files["json"], json.dumps(document, indent=2) + "\n")
+    if "html" in files:
+        write_text(files["html"], explain_html(config, str(topology), layout, totals))
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 160)
     console.print(
@@ -126,12 +140,7 @@ def explain(config: TrainConfig, json_path: str | None = None) -> int:
         f"mesh {mesh}",
         highlight=False,
     )
-    tables = [
-        ("params", layout.working),
-        ("gradients", gradients_of(layout, config.grad_accum)),
-        ("optimizer", layout.masters),
-    ]
-    console.print(decisions_table("", tables))
+    console.print(decisions_table("", _tables(layout, config.grad_accum)))
     console.print(_totals_text(totals, config), highlight=False)
     try:
         check_batch(config, layout.rules, mesh)
@@ -161,6 +170,18 @@ def explain_json(
         "decisions": decisions_json(layout, config.grad_accum),
         "optimizer_state": [decision_json(decision) for decision in layout.moments],
     }
+
+
+def explain_html(config: TrainConfig, topology: str, layout: Layout, totals: Totals) -> str:
+    """The same as a page, with where the optimizer's state lives."""
+    held = [(name, size, what) for name, size, what in _held(totals, config) if size]
+    return decisions_html(
+        [*_tables(layout, config.grad_accum), ("optimizer state", layout.moments)],
+        title=config.model.name,
+        mesh=layout.mesh,
+        topology=topology,
+        holds=held,
+    )
 
 
 def decisions_json(layout: Layout, grad_accum: int) -> list[dict[str, Any]]:
@@ -200,8 +221,18 @@ def _mesh_without_devices(config: TrainConfig) -> tuple[Topology, MeshSpec]:
     return topology, choose_mesh(config, count, simulated=topology.kind == "cpu")
 
 
-def _totals_text(totals: Totals, config: TrainConfig) -> str:
-    lines = [
+def _tables(layout: Layout, grad_accum: int) -> list[tuple[str, Decisions]]:
+    """The layouts of the parameters that people are shown."""
+    return [
+        ("params", layout.working),
+        ("gradients", gradients_of(layout, grad_accum)),
+        ("optimizer", layout.masters),
+    ]
+
+
+def _held(totals: Totals, config: TrainConfig) -> list[tuple[str, int, str]]:
+    """(name, bytes, what it is) of what a device holds."""
+    return [
         ("parameters", totals.parameters_bytes, "float32 masters"),
         ("working copy", totals.working_bytes, "compute dtype, where its layout differs"),
         (
@@ -212,14 +243,9 @@ def _totals_text(totals: Totals, config: TrainConfig) -> str:
         ("optimizer", totals.optimizer_bytes, f"{config.optimizer.name} state"),
         ("together", totals.state_bytes, "without activations"),
     ]
-    rows = [f"  {name:<13}{format_bytes(size):>11}  {what}" for name, size, what in lines]
+
+
+def _totals_text(totals: Totals, config: TrainConfig) -> str:
+    held = _held(totals, config)
+    rows = [f"  {name:<13}{format_bytes(size):>11}  {what}" for name, size, what in held]
     return "\n".join(["a device holds:", *rows])
-
-
-def _write(path: str, document: dict[str, Any]) -> None:
-    try:
-        Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"cannot write `{path}`", why=str(error.strerror or error), fix="name another file"
-        ) from None

@@ -1,16 +1,21 @@
 """What a plan says of itself: its decisions as text and as a page, its compiled step as a report.
 
 The report is `meshwright.analyze` of the plan's own step, told what only the plan knows: which
-leaf an array of a collective is. Leaves are known by their shape on a device, whole and in parts; a
-shape that several leaves share names two of them and how many more there are.
+leaf an array of a collective is. A weight's gather and gradient carry its name as a scope; where a
+compiler has dropped it, leaves are known by their shape on a device. A shape that several leaves
+share names two of them and how many more there are.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jax.sharding import PartitionSpec
 
 from meshwright.sharding.analysis import StepFacts, analyze
 from meshwright.sharding.decisions import Decisions
@@ -22,6 +27,7 @@ from meshwright.sharding.report import decision_json, decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
 from meshwright.train.plan_leaves import local_shape
+from meshwright.train.weights import scope_of
 
 if TYPE_CHECKING:
     from meshwright.train.model_plan import Plan
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["explained", "report_of"]
 
 _NAMED = 2
+_SCOPE = re.compile(r"weight:[^/\s()]+")
 
 
 def report_of(plan: Plan, topology: str | Topology | None, *, quick: bool = False) -> PlanReport:
@@ -59,20 +66,30 @@ def _with_decisions(report: PlanReport, decisions: tuple[Any, ...]) -> PlanRepor
 
 
 def _namer(plan: Plan) -> Any:
+    """Names arrays by the scope that a weight's gather and gradient carry, else by their shape."""
+    by_scope: dict[str, str] = {}
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for decision in (*plan.decisions, *plan.gradients_at):
-        whole = decision.leaf.shape
-        for size in (whole, local_shape(whole, decision.spec, plan.spec)):
-            shape = tuple(sorted(one for one in size if one != 1))
-            if shape and decision.leaf.path not in by_shape[shape]:
-                by_shape[shape].append(decision.leaf.path)
+    for decision in plan.decisions:
+        path, shape = decision.leaf.path, decision.leaf.shape
+        by_scope |= {scope_of(path): path, scope_of(f"{path}/value"): path}
+        held = (decision.spec, plan.used_spec(decision), PartitionSpec())
+        for local in {_sizes(local_shape(shape, spec, plan.spec)) for spec in held}:
+            by_shape[local].append(path)
 
-    def name(_: Instruction, shape: Shape) -> str:
-        found = by_shape.get(tuple(sorted(size for size in shape.dims if size != 1)), [])
+    def name(instruction: Instruction, shape: Shape) -> str:
+        scopes = dict.fromkeys(by_scope.get(one) for one in _SCOPE.findall(instruction.op_name))
+        found = [path for path in scopes if path] or by_shape.get(_sizes(shape.dims), [])
+        if not _sizes(shape.dims):
+            return ""
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         return " or ".join(found[:_NAMED]) + more
 
     return name
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of a shape in any order, ones left out."""
+    return tuple(sorted(size for size in shape if size != 1))
 
 
 def explained(plan: Plan, html: str | Path | None) -> str:
@@ -110,7 +127,7 @@ def _tables(plan: Plan) -> list[tuple[str, Decisions]]:
 
 
 def _write_page(plan: Plan, path: Path) -> None:
-    from meshwright.sharding.decisions_html import decisions_html
+    from meshwright.sharding.decisions_page import decisions_html
 
     title = f"A {plan.parts.dialect.name} model on {plan.spec}"
     page = decisions_html(_tables(plan), title=title, mesh=MeshSpec(plan.spec.axes))

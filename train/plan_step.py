@@ -30,6 +30,8 @@ from meshwright.sharding.logical import resolving
 from meshwright.sharding.placement import Constrain
 from meshwright.sharding.placer import Placer
 from meshwright.train.dialects import Dialect
+from meshwright.train.lookups import looked_up
+from meshwright.train.weights import scope_of
 
 __all__ = ["Accumulation", "ModelState", "StepParts"]
 
@@ -154,9 +156,10 @@ class StepParts:
     ) -> tuple[Any, Any, dict[str, Any], Any]:
         """Loss, gradients, metrics and other arrays of one microbatch."""
         used_rest = self._used(rest, held["rest"], held["rest_used"], held["rest"])
+        tables = self._tables(held, params, used_rest, batch, key)
 
         def scalar(params: Any) -> tuple[Any, Any]:
-            used = self._used(params, held["params"], held["used"], held["gradients"])
+            used = self._used(params, held["params"], held["used"], held["gradients"], tables)
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
             after = self.dialect.after(model, changed, used_rest)
@@ -168,7 +171,19 @@ class StepParts:
         (loss, (metrics, after)), grads = jax.value_and_grad(scalar, has_aux=True)(params)
         return loss, _put(grads, held["gradients"]), metrics, after
 
-    def _used(self, tree: Any, at: Any, used: Any, reduced: Any) -> Any:
+    def _tables(self, held: Mapping[str, Any], params: Any, rest: Any, batch: Any, key: Any) -> Any:
+        """Which parameters rows are looked up in, if any is gathered; see `looked_up`."""
+        pairs = zip(jax.tree.leaves(held["params"]), jax.tree.leaves(held["used"]), strict=True)
+        if all(at.spec == used.spec for at, used in pairs):
+            return None
+
+        def forward(params: Any, rest: Any, batch: Any) -> Any:
+            return self._called(self.loss, self.dialect.build(params, rest), batch, key)[0]
+
+        found = looked_up(forward, params, rest, batch)
+        return jax.tree.unflatten(jax.tree.structure(params), found)
+
+    def _used(self, tree: Any, at: Any, used: Any, reduced: Any, tables: Any = None) -> Any:
         """Arrays gathered over the axes that split tokens; gradients go into their layout at once.
 
         Left to itself the partitioner may reshard activations to where weights are, which nobody
@@ -176,23 +191,31 @@ class StepParts:
         matmuls; jax 0.10.2 and 0.12.0).
         """
 
-        def one(x: Any, at: NamedSharding, used: NamedSharding, reduced: NamedSharding) -> Any:
+        put = jax.lax.with_sharding_constraint
+
+        def one(path: Any, x: Any, at: Any, used: Any, reduced: Any, is_table: bool) -> Any:
             if at.spec == used.spec:
                 return x
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
-                return jax.lax.with_sharding_constraint(x, used)
+            # Whoever reads the compiled program knows whose bytes move.
+            with jax.named_scope(scope_of(format_path(path))):
+                if not jnp.issubdtype(x.dtype, jnp.inexact):
+                    return put(x, used)
+                return gathered(x, used, reduced, is_table)
 
+        def gathered(x: Any, used: Any, reduced: Any, is_table: bool) -> Any:
             @jax.custom_vjp
-            def gathered(x: jax.Array) -> jax.Array:
-                return jax.lax.with_sharding_constraint(x, used)
+            def gather(x: jax.Array) -> jax.Array:
+                return put(x, used)
 
             def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
-                return (jax.lax.with_sharding_constraint(grad, reduced),)
+                return (put(put(grad, used) if is_table else grad, reduced),)
 
-            gathered.defvjp(lambda x: (gathered(x), None), backward)
-            return gathered(x)
+            gather.defvjp(lambda x: (gather(x), None), backward)
+            return gather(x)
 
-        return jax.tree.map(one, tree, at, used, reduced)
+        if tables is None:
+            tables = jax.tree.map(lambda _: False, tree)
+        return jax.tree_util.tree_map_with_path(one, tree, at, used, reduced, tables)
 
     def _called(
         self, loss: Callable[..., Any], model: Any, batch: Any, key: Any

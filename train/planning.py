@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from meshwright.sharding.budget import Breach, Budget, check, load_budget
 from meshwright.sharding.calibration import check_matches
 from meshwright.sharding.calibration_file import load_calibration
 from meshwright.sharding.chips import chip_of
-from meshwright.sharding.errors import ConfigError, MissingExtraError, RunError, did_you_mean
+from meshwright.sharding.errors import ConfigError, MissingExtraError, did_you_mean
 from meshwright.sharding.links import physical_layout
 from meshwright.sharding.plan_html import report_html
 from meshwright.sharding.plan_json import report_json
@@ -34,6 +33,7 @@ from meshwright.sharding.step_time import PUBLISHED, MeasuredRates
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
+from meshwright.train.outfiles import check_writable, write_text
 from meshwright.train.plan_changes import with_changes
 from meshwright.train.plan_leaves import check_leaves
 from meshwright.train.run_plan import RunPlan
@@ -88,7 +88,7 @@ def answer(config: TrainConfig, asked: Asked) -> int:
     topology = _topology(config)
     budget = load_budget(asked.budget) if asked.budget else None
     rates = _rates(asked.calibration, topology)
-    files = _writable(asked)
+    files = check_writable({"json": asked.json, "html": asked.html, "hlo": asked.hlo})
     plan = RunPlan.of(config, topology)
     check_leaves(plan.layout, topology)
     if budget:  # a limit on what no plan has is refused before the work is done
@@ -193,54 +193,20 @@ def _print(report: PlanReport, budget: Budget | None, breaches: tuple[Breach, ..
         console.print(f"\nover budget: {breach.text}", highlight=False, markup=False)
 
 
-def _writable(asked: Asked) -> Mapping[str, Path]:
-    """The files to write, by kind; refuses those that cannot be, before the work is done."""
-    files = {
-        kind: Path(name)
-        for kind, name in (("json", asked.json), ("html", asked.html), ("hlo", asked.hlo))
-        if name
-    }
-    for kind, path in files.items():
-        other = next((name for name in files if name != kind and files[name] == path), None)
-        if other:
-            raise ConfigError(
-                f"cannot write --{other} and --{kind} to the same file",
-                where=str(path),
-                fix="name two files",
-            )
-        folder = path.parent
-        why = (
-            "it is a folder" if path.is_dir()
-            else f"there is no folder `{folder}`" if not folder.is_dir()
-            else "" if os.access(path if path.exists() else folder, os.W_OK)
-            else "permission denied"
-        )  # fmt: skip
-        if why:
-            raise RunError(f"cannot write `{path}`", why=why, fix="name another file")
-    return files
-
-
 def _write(
     files: Mapping[str, Path], plan: RunPlan, report: PlanReport, compiled: CompiledProgram | None
 ) -> None:
     for kind, path in files.items():
-        try:
-            if kind == "json":
-                document = json.dumps(report_json(report), indent=2, allow_nan=False)
-                path.write_text(document + "\n", encoding="utf-8")
-            elif kind == "html":
-                layout = physical_layout(plan.topology, plan.mesh)
-                path.write_text(report_html(report, layout), encoding="utf-8")
-            elif compiled is not None:
-                if compiled.text is None:
-                    why = compiled.text_error or "the compiler refuses it for its size"
-                    print(f"note: `{path}` is empty, there is no program: {why}", file=sys.stderr)
-                path.write_text(compiled.text or "", encoding="utf-8")
-                _keep_chatter(str(path), compiled.chatter)
-        except OSError as error:
-            raise RunError(
-                f"cannot write `{path}`", why=str(error.strerror or error), fix="name another file"
-            ) from None
+        if kind == "json":
+            write_text(path, json.dumps(report_json(report), indent=2, allow_nan=False) + "\n")
+        elif kind == "html":
+            write_text(path, report_html(report, physical_layout(plan.topology, plan.mesh)))
+        elif compiled is not None:
+            if compiled.text is None:
+                why = compiled.text_error or "the compiler refuses it for its size"
+                print(f"note: `{path}` is empty, there is no program: {why}", file=sys.stderr)
+            write_text(path, compiled.text or "")
+            _keep_chatter(str(path), compiled.chatter)
 
 
 def _keep_chatter(program: str, chatter: str) -> None:

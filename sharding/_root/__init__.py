@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from meshwright import models as models
     from meshwright import sharding as sharding
+    from meshwright import testing as testing
     from meshwright import train as train
     from meshwright.sharding.analysis import analyze as analyze
     from meshwright.sharding.placer import Placer as Placer
@@ -37,6 +38,7 @@ __all__ = [
     "models",
     "plan",
     "sharding",
+    "testing",
     "train",
 ]
 

@@ -1,0 +1,1 @@
+../../sharding/_root/testing.py
