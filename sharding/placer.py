@@ -144,7 +144,7 @@ class Placer:
         """Names and sizes of the mesh."""
         return MeshSpec.of(self.mesh)
 
-    def in_force(self) -> contextlib.AbstractContextManager[Any]:
+    def in_force(self) -> Any:
         """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
         said = jax.sharding.get_abstract_mesh()
         own = said.empty or said == self.mesh.abstract_mesh
