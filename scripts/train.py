@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from meshwright.scripts.flags import read
+from meshwright.sharding.errors import MeshwrightError
 
 __all__ = ["main"]
 
@@ -21,9 +22,16 @@ simulated CPU devices. Progress goes to stderr; the last line on stdout is one J
 def main(argv: Sequence[str]) -> int:
     """Run the verb on the words after it and return the exit code."""
     config, _ = read(argv, "train", about=_ABOUT)
-    from meshwright.train.run import run_training  # brings jax
+    from meshwright.sharding.processes import fail, start
 
-    return run_training(config)
+    start()
+    try:
+        from meshwright.train.run import run_training  # brings jax
+
+        return run_training(config)
+    except BaseException as error:
+        fail(error, error.exit_code if isinstance(error, MeshwrightError) else 1)
+        raise
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from meshwright.sharding.errors import MissingExtraError as MissingExtraError
     from meshwright.sharding.errors import NonFiniteError as NonFiniteError
     from meshwright.sharding.errors import PlacementError as PlacementError
+    from meshwright.sharding.errors import ProcessesError as ProcessesError
     from meshwright.sharding.errors import RulesError as RulesError
     from meshwright.sharding.errors import RunError as RunError
     from meshwright.sharding.errors import TopologyError as TopologyError
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
     from meshwright.sharding.planned import PlanReport as PlanReport
     from meshwright.sharding.planned import PlanWarning as PlanWarning
     from meshwright.sharding.planned import StepEstimate as StepEstimate
+    from meshwright.sharding.process_rows import rows_of_process as rows_of_process
+    from meshwright.sharding.processes import Processes as Processes
+    from meshwright.sharding.processes import fetch as fetch
+    from meshwright.sharding.processes import start as start
     from meshwright.sharding.rules import Rule as Rule
     from meshwright.sharding.rules import Rules as Rules
     from meshwright.sharding.rules import ShapeRule as ShapeRule
@@ -89,6 +94,8 @@ __all__ = [
     "Placer",
     "PlanReport",
     "PlanWarning",
+    "Processes",
+    "ProcessesError",
     "Rule",
     "Rules",
     "RulesError",
@@ -110,6 +117,7 @@ __all__ = [
     "describe_optimizer",
     "dims_of",
     "expert",
+    "fetch",
     "fold",
     "fsdp",
     "init_sharded",
@@ -118,8 +126,10 @@ __all__ = [
     "report_html",
     "report_json",
     "resolve",
+    "rows_of_process",
     "sequence",
     "shardings_of",
+    "start",
     "tensor",
     "zero1",
     "zero2",
@@ -148,6 +158,8 @@ _MODULE_OF = {
     "Placer": "placer",
     "PlanReport": "planned",
     "PlanWarning": "planned",
+    "Processes": "processes",
+    "ProcessesError": "errors",
     "Rule": "rules",
     "Rules": "rules",
     "RulesError": "errors",
@@ -169,6 +181,7 @@ _MODULE_OF = {
     "describe_optimizer": "dims",
     "dims_of": "dims",
     "expert": "strategies",
+    "fetch": "processes",
     "fold": "strategies",
     "fsdp": "strategies",
     "init_sharded": "placement",
@@ -178,7 +191,9 @@ _MODULE_OF = {
     "resolve": "decisions",
     "shardings_of": "placement",
     "pipeline": "strategies",
+    "rows_of_process": "process_rows",
     "sequence": "strategies",
+    "start": "processes",
     "tensor": "strategies",
     "zero1": "strategies",
     "zero2": "strategies",

@@ -7,6 +7,7 @@ The tree (all are ``ValueError``: the caller's input is at fault, never ours)::
     │   └── MissingExtraError     a command needs packages of an extra that is not installed
     ├── TopologyError             devices: written form, unknown chip, backend already started
     ├── MeshError                 mesh axes: written form, sizes, device count
+    ├── ProcessesError            several processes: one missing, twice, or at a wrong address
     ├── DimsError                 names of a leaf's dimensions: absent, wrong rank, bad pattern
     ├── RulesError                the rules themselves: unused, shadowed, unknown dim or axis
     │   └── PlacementError        one leaf cannot be placed: indivisible, axis twice, unmatched
@@ -43,6 +44,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "PlacementError",
+    "ProcessesError",
     "RulesError",
     "RunError",
     "TopologyError",
@@ -92,6 +94,10 @@ class TopologyError(MeshwrightError):
 
 class MeshError(MeshwrightError):
     """A mesh's written form, axis names or sizes are wrong for the devices."""
+
+
+class ProcessesError(MeshwrightError):
+    """The processes of a run do not come together, or do not agree."""
 
 
 class DimsError(MeshwrightError):

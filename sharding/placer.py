@@ -22,6 +22,7 @@ read off a first unsharded build, is how large models run out of memory before t
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from meshwright.sharding.dims import (
 from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.mesh import MeshSpec, with_auto_axes
 from meshwright.sharding.placement import check_random
+from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
@@ -156,9 +158,7 @@ class Placer:
         def one(leaf: Any) -> Any:
             made_on = getattr(getattr(leaf, "sharding", None), "mesh", None)
             other = isinstance(leaf, jax.Array) and made_on not in (None, self.mesh)
-            return (
-                jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
-            )
+            return put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
 
         return jax.tree.map(one, tree)
 
@@ -227,13 +227,12 @@ class Placer:
         leaves, structure = jax.tree.flatten(state)
         layout = iter(self.layout(state).in_order)
 
-        def put(leaf: Any) -> Any:
+        def placed(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            sharding = NamedSharding(self.mesh, next(layout).spec)
-            return jax.device_put(strong(leaf), sharding, may_alias=False)
+            return put(strong(leaf), NamedSharding(self.mesh, next(layout).spec))
 
-        return _merge(graph, jax.tree.unflatten(structure, [put(leaf) for leaf in leaves]))
+        return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
@@ -274,22 +273,43 @@ class Placer:
     def place(self, batch: Any) -> Any:
         """A host's batch onto the devices, rows dealt over the axes of the dim ``batch``.
 
-        With several processes each passes its own rows, in the order of the processes.
+        With several processes each passes the rows that `rows_of_process` gives, all of them as
+        many: usually its block in the order of the processes, the same block as another process
+        where the mesh separates the two by other axes only.
+
+        Raises:
+            PlacementError: rows that the axes do not divide; with several processes, also shapes
+                or rows that differ from another's where they must not.
         """
-        count = jax.process_count()
-        if count == 1:
+        if jax.process_count() == 1:
             return jax.device_put(batch, self.batch_shardings(batch))
+        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
+        arrays = [np.asarray(x) for _, x in flat]
+        block, blocks = blocks_of(self.mesh, self._batch_axes)
+        shapes = tuple((x.shape, x.dtype) for x in arrays)
+        if shapes not in self._agreed:
+            check_agreement(arrays, block)
+            self._agreed.add(shapes)
+        placed = []
+        for (key_path, _), x in zip(flat, arrays, strict=True):
+            dims = self._batch_dims(format_path(key_path), x.ndim)
+            dim = dims.index("batch") if "batch" in dims else None
+            shape = tuple(size * blocks if d == dim else size for d, size in enumerate(x.shape))
+            spec = resolve_dims(dims, shape, self.rules, self.spec, "activations")
+            placed.append(from_own_rows(x, NamedSharding(self.mesh, spec), shape, dim))
+        return jax.tree.unflatten(structure, placed)
 
-        def whole(x: Any) -> jax.ShapeDtypeStruct:
-            shape = np.shape(x)
-            return jax.ShapeDtypeStruct((shape[0] * count, *shape[1:]) if shape else (), x.dtype)
+    @property
+    def _batch_axes(self) -> Any:
+        """The mesh axes that rows are dealt over."""
+        rows = (self.mesh.size,)
+        spec = resolve_dims(("batch",), rows, self.rules, self.spec, "activations")
+        return spec[0] if spec else None
 
-        shardings = self.batch_shardings(jax.tree.map(whole, batch))
-        return jax.tree.map(
-            lambda x, sharding: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-            batch,
-            shardings,
-        )
+    @functools.cached_property
+    def _agreed(self) -> set[Any]:
+        """Shapes of batches that all processes have placed."""
+        return set()
 
     def _batch_dims(self, path: str, rank: int) -> Dims:
         for pattern, dims in self.batch_dims:

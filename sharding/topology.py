@@ -8,7 +8,7 @@ written form   meaning
 =============  ==========================================================================
 ``auto``       the accelerators of this machine, or ``cpu:8`` where there are none
 ``local``      whatever devices jax finds on this machine (all processes of the job)
-``cpu:8``      eight simulated CPU devices in this process
+``cpu:8``      eight simulated CPU devices, over all processes of the job
 ``v5e:4x4``    a TPU slice of 16 chips; ``v4`` and ``v5p`` and ``tpu7x`` take three numbers
 ``h100:2x8``   2 hosts of 8 GPUs
 ``…*2``        two such slices, joined by the data-centre network
@@ -185,9 +185,11 @@ class Topology:
         """
         import jax
 
+        from meshwright.sharding.processes import started
+
         match self.kind:
             case "auto":
-                _simulate(_SIMULATED_BY_DEFAULT)
+                _simulate(max(_SIMULATED_BY_DEFAULT // started().count, 1))
                 found = jax.devices()
                 if found[0].platform == "cpu" and len(found) == 1:
                     return Topology("cpu", (_SIMULATED_BY_DEFAULT,))._simulated_devices()
@@ -206,16 +208,24 @@ class Topology:
     def _simulated_devices(self) -> list[Any]:
         import jax
 
-        wanted = self.shape[0]
+        from meshwright.sharding.processes import started
+
+        wanted, processes = self.shape[0], started().count
         if wanted > _MOST_SIMULATED:
             raise TopologyError(
                 f"cannot simulate {wanted} CPU devices",
                 why=f"each takes threads and memory here: {_MOST_SIMULATED} is the limit",
                 fix=f"use cpu:{_MOST_SIMULATED} or fewer; `meshwright explain` takes any number",
             )
-        _simulate(wanted, platform="cpu")
+        if wanted % processes:
+            raise TopologyError(
+                f"cannot simulate {wanted} CPU devices in {processes} processes",
+                why=f"{wanted} is not divisible by {processes}, and each gets as many",
+                fix=f"use cpu:{-(-wanted // processes) * processes}",
+            )
+        _simulate(wanted // processes, platform="cpu")
         found = jax.devices("cpu")
-        if len(found) < wanted:
+        if len(found) < wanted or (processes > 1 and len(found) != wanted):
             raise TopologyError(
                 f"cannot simulate {wanted} CPU devices",
                 why=f"jax's backend already started in this process with {len(found)}",

@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -53,6 +54,8 @@ class Batches(Iterator[Batch]):
         process_index: which block of each global batch to read. Processes that hold copies of
             the same rows pass the same number.
         process_count: number of such blocks.
+        microbatches: parts that the batch is cut into, each of which is dealt to the processes; a
+            process's rows come part by part.
         shuffle: a new permutation each epoch; False reads the source in its order.
         epochs: times to go through the source, a last batch that is not full left out; None goes
             on for ever.
@@ -71,10 +74,11 @@ class Batches(Iterator[Batch]):
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        microbatches: int = 1,
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> None:
-        _check_blocks(batch_size, process_index, process_count)
+        _check_blocks(batch_size, process_index, process_count, microbatches)
         if not len(source):
             raise DataError(
                 "there is no whole window of text to train on",
@@ -88,6 +92,7 @@ class Batches(Iterator[Batch]):
         self._source = source
         self._batch_size = batch_size
         self._block = (process_index, process_count)
+        self._microbatches = microbatches
         self._seed = seed
         self._shuffle = shuffle
         self._rows = _ENDLESS if epochs is None else epochs * len(source)
@@ -156,6 +161,7 @@ class Batches(Iterator[Batch]):
         # Bound here, so that the thread holds no reference to self and the finalizer can run.
         source, size, seed, shuffle = self._source, self._batch_size, self._seed, self._shuffle
         (index, count), rows = self._block, self._rows - first_row
+        microbatches = self._microbatches
 
         def read() -> Generator[Batch, None, None]:
             from grain import MapDataset, ReadOptions
@@ -163,7 +169,8 @@ class Batches(Iterator[Batch]):
             from grain.sharding import ShardOptions
 
             order = _Order(len(source), seed, index_shuffle if shuffle else None)
-            dealt = _Dealt(source, order, first_row, rows // size, size, count)
+            dealing = _Dealing(size, count, microbatches)
+            dealt = _Dealt(source, order, first_row, rows // size, dealing)
             # Reading a window takes microseconds; grain's own threads would only hand them over.
             options = ReadOptions(num_threads=0, prefetch_buffer_size=0)
             shards = ElasticIterator(
@@ -203,29 +210,50 @@ def _hash32(seed: int, epoch: int) -> int:
     return int.from_bytes(digest, "little")
 
 
+@dataclass(frozen=True)
+class _Dealing:
+    """Which rows of a batch each process reads, in which order.
+
+    Attributes:
+        size: rows of the batch.
+        blocks: how many blocks each microbatch is dealt in.
+        microbatches: parts of the batch, one after the other.
+    """
+
+    size: int
+    blocks: int
+    microbatches: int
+
+    def row(self, block: int, place: int) -> int:
+        """The row of the batch that comes ``place``-th in a block's share of it."""
+        part = self.size // self.microbatches
+        microbatch, place = divmod(place, part // self.blocks)
+        return microbatch * part + block * (part // self.blocks) + place
+
+
 class _Dealt:
-    """Rows arranged so that grain's shards get whole blocks of each batch.
+    """Rows arranged so that grain's shards get whole blocks of each microbatch.
 
     ElasticIterator deals rows out like cards: within a batch, row ``k`` goes to shard ``k % n``.
-    Laid out so, shard ``p`` ends up with the ``p``-th block of the batch, which is what a process
-    holds of a global array.
+    Laid out so, shard ``p`` ends up with the ``p``-th block, which is what a process holds of a
+    global array.
     """
 
     def __init__(
-        self, source: Windows, order: _Order, first_row: int, batches: int, size: int, shards: int
+        self, source: Windows, order: _Order, first_row: int, batches: int, dealing: _Dealing
     ) -> None:
         self._source, self._order = source, order
-        self._first_row, self._batches, self._size, self._shards = first_row, batches, size, shards
+        self._first_row, self._batches, self._dealing = first_row, batches, dealing
 
     def __len__(self) -> int:
         # Whole batches only: grain lets some shards have a last batch that others do not.
-        return self._batches * self._size
+        return self._batches * self._dealing.size
 
     def __getitem__(self, index: int) -> Batch:
-        batch, dealt = divmod(index, self._size)
-        place, shard = divmod(dealt, self._shards)
-        row = shard * (self._size // self._shards) + place
-        return self._source[self._order[self._first_row + batch * self._size + row]]
+        batch, dealt = divmod(index, self._dealing.size)
+        place, shard = divmod(dealt, self._dealing.blocks)
+        row = batch * self._dealing.size + self._dealing.row(shard, place)
+        return self._source[self._order[self._first_row + row]]
 
 
 class _ReadAhead:
@@ -283,6 +311,7 @@ def heldout_batches(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    microbatches: int = 1,
 ) -> Iterator[Batch]:
     """The same rows at every evaluation, each once, in batches of one shape.
 
@@ -296,33 +325,37 @@ def heldout_batches(
         limit: batches at most; None reads all.
         process_index: which block of each global batch to read.
         process_count: number of such blocks.
+        microbatches: see `Batches`.
     """
-    _check_blocks(batch_size, process_index, process_count)
+    _check_blocks(batch_size, process_index, process_count, microbatches)
     count = len(source) if limit is None else min(len(source), limit * batch_size)
-    block = batch_size // process_count
+    dealing = _Dealing(batch_size, process_count, microbatches)
+    mine = [dealing.row(process_index, place) for place in range(batch_size // process_count)]
     # Every process gives the same number of batches: a missing one would hang the others.
     for first in range(0, count, batch_size):
-        mine = first + process_index * block
-        rows = range(mine, min(mine + block, count))
-        yield _stack(source, [row * len(source) // count for row in rows], block)
+        rows = [first + row for row in mine]
+        yield _stack(source, [r * len(source) // count if r < count else None for r in rows])
 
 
-def _stack(source: Windows, indices: list[int], size: int) -> Batch:
-    items = [source[index] for index in indices]
-    if len(items) < size:
-        blank = {name: np.zeros_like(values) for name, values in source[0].items()}
-        items += [blank] * (size - len(items))
+def _stack(source: Windows, indices: list[int | None]) -> Batch:
+    """The windows of these numbers; of None one of zeros, which weigh nothing."""
+    blank = {name: np.zeros_like(values) for name, values in source[0].items()}
+    items = [blank if index is None else source[index] for index in indices]
     return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
-def _check_blocks(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        below = max(batch_size, 0) // process_count * process_count
-        near = [size for size in (below, below + process_count) if size]
+def _check_blocks(
+    batch_size: int, process_index: int, process_count: int, microbatches: int
+) -> None:
+    parts = process_count * microbatches
+    if batch_size < 1 or batch_size % parts:
+        below = max(batch_size, 0) // parts * parts
+        near = [size for size in (below, below + parts) if size]
+        cut = f", {microbatches} microbatches" if microbatches > 1 else ""
         raise ConfigError(
             "cannot divide a batch between processes",
-            where=f"batch size {batch_size}, {process_count} processes",
-            why=f"{batch_size} is not a positive multiple of {process_count}",
+            where=f"batch size {batch_size}, {process_count} processes{cut}",
+            why=f"{batch_size} is not a positive multiple of {parts}",
             fix=f"use a batch size of {' or '.join(map(str, near))}",
         )
     if not 0 <= process_index < process_count:

@@ -28,7 +28,7 @@ from meshwright.train.metrics import Metrics
 from meshwright.train.program import Program
 from meshwright.train.progress import Progress
 from meshwright.train.state import TrainState
-from meshwright.train.stopping import StopSignals
+from meshwright.train.stopping import AskAll, StopSignals
 
 __all__ = ["Loop", "Outcome"]
 
@@ -125,6 +125,8 @@ class Loop:
     _record_step: int = 0
     _evaluated_step: int = -1
     _skipped: float = 0.0
+    _asked: AskAll | None = field(default_factory=AskAll.of_processes)
+    _all_stop: bool = False
 
     def run(self, state: TrainState) -> tuple[TrainState, Outcome]:
         """Train from the state's step to the last.
@@ -138,7 +140,7 @@ class Loop:
         with _Profile(self.config.profile_range, self.profile_folder) as profile:
             state = self._train(state, outcome, profile)
         self.checkpoints.wait()
-        outcome.exit_code = self.stop.exit_code
+        outcome.exit_code = self.stop.exit_code or (143 if self._all_stop else 0)
         return state, outcome
 
     def _train(self, state: TrainState, outcome: Outcome, profile: _Profile) -> TrainState:
@@ -147,12 +149,12 @@ class Loop:
             profile.before(number)
             state = self._dispatch(number, state, outcome)
             profile.after(number, state)
-            last = number == self.config.steps or self.stop.requested
+            last = number == self.config.steps or self._stopping
             evaluate = _due(number, self.config.eval_every) or last
             save = _due(number, self.config.checkpoint_every) or last
             if number == 1 or outcome.first_step_seconds is None or evaluate or save:
                 self._settle(state, outcome)
-            if evaluate and self.config.eval_every and not self.stop.requested:
+            if evaluate and self.config.eval_every and not self._stopping:
                 self._evaluate(state, outcome)
             if save:
                 self._save(number, state, outcome)
@@ -164,6 +166,11 @@ class Loop:
         if saved_at != outcome.step:
             self._save(outcome.step, state, outcome)
         return state
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether to stop after this step; of several processes all know a step later."""
+        return self._all_stop if self._asked is not None else self.stop.requested
 
     def _dispatch(self, number: int, state: TrainState, outcome: Outcome) -> TrainState:
         """Start a step, then read the scalars of the one before it."""
@@ -177,6 +184,8 @@ class Loop:
         if outcome.first_step_seconds is None:
             self._log_watch.start()
         state, scalars = compiled(state, batch)
+        if self._asked is not None:
+            scalars = {**scalars, "stop": self._asked(self.stop.requested)}
         before, self._in_flight = self._in_flight, (number, scalars)
         if before:
             self._finish(*before, state, outcome)
@@ -193,6 +202,7 @@ class Loop:
     ) -> None:
         """Fetch a step's scalars, which waits for it, and book it."""
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        self._all_stop = self._all_stop or bool(values.pop("stop", 0.0))
         self._tokens_seen += values["tokens"]
         self._skipped += values["skipped"]
         if outcome.first_step_seconds is None:
@@ -210,7 +220,7 @@ class Loop:
         self._write_record()
         self.progress.advance(number)
         config = self.config
-        ends = number in (1, config.steps) or self.stop.requested
+        ends = number in (1, config.steps) or self._stopping
         if ends or _due(number, config.log_every) or _due(number, config.eval_every):
             self._make_record(number, values)
         if values["bad_in_row"] >= config.guard.max_bad_steps:

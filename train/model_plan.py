@@ -51,6 +51,7 @@ from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import check_random
 from meshwright.sharding.placer import Patterns, Placer, strong
+from meshwright.sharding.process_rows import put
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -243,12 +244,12 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: jax.device_put(strong(x), to, may_alias=False), values, at)
+            jax.tree.map(lambda x, to: put(strong(x), to), values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
         make = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
         opt_state = make(params)
-        step, key = jax.device_put((jnp.zeros((), jnp.int32), key), shardings.step)
+        step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
 
     def _build(self, key: Any) -> ModelState:

@@ -295,6 +295,9 @@ def describe_devices(devices: list[Any]) -> str:
     '2 simulated CPU devices'
     """
     first = devices[0]
+    processes = len({device.process_index for device in devices})
+    shared = f" in {processes} processes" if processes > 1 else ""
     if first.platform == "cpu":
-        return f"{len(devices)} simulated CPU devices" if len(devices) > 1 else "1 CPU device"
-    return f"{len(devices)} × {first.device_kind}"
+        many = f"{len(devices)} simulated CPU devices{shared}"
+        return many if len(devices) > 1 else "1 CPU device"
+    return f"{len(devices)} × {first.device_kind}{shared}"

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from meshwright.models.hooks import Hooks
 from meshwright.models.pure import Functional
+from meshwright.sharding.process_rows import blocks_of, from_own_rows
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout
 from meshwright.train.optimizer import learning_rate_schedule, make_optimizer
@@ -171,17 +172,25 @@ class Program:
             for name in batch_names(config)
         }
 
+    def rows_dealt(self) -> tuple[int, int]:
+        """(this process's block of the rows of each microbatch, how many there are)."""
+        axes = self.spec.layout.rules.axes_for("activations", "batch") or None
+        return blocks_of(self.spec.mesh, axes)
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put this process's rows of a batch onto its devices.
 
         Args:
-            batch: arrays [rows of this process, length].
+            batch: arrays [rows of this process, length], microbatch after microbatch.
         """
         micro = self.config.grad_accum
+        shapes = self.batch_shapes()
 
         def one(name: str, x: np.ndarray) -> jax.Array:
             cut = x.reshape(micro, x.shape[0] // micro, *x.shape[1:])
-            return jax.make_array_from_process_local_data(self.batch_shardings[name], cut)
+            if jax.process_count() == 1:
+                return jax.make_array_from_process_local_data(self.batch_shardings[name], cut)
+            return from_own_rows(cut, self.batch_shardings[name], shapes[name].shape, 1)
 
         return {name: one(name, batch[name]) for name in self.batch_shardings}
 

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from meshwright.models.config import count_parameters
 from meshwright.models.pure import functional
@@ -30,6 +32,7 @@ from meshwright.sharding.errors import (
     ConfigError,
     MissingExtraError,
 )
+from meshwright.sharding.processes import fetch, started
 from meshwright.sharding.report import decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
@@ -58,6 +61,11 @@ __all__ = ["run_training"]
 
 
 _DATA_PATIENCE_SECONDS = 0.3
+_LONGEST_PATH_BYTES = 4096
+_SAME_EVERYWHERE = (
+    *("steps", "batch_size", "grad_accum", "eval_every", "eval_batches", "checkpoint_every"),
+    *("log_every", "resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,14 +111,15 @@ def run_training(config: TrainConfig) -> int:
     layout = layout_of(config, model, spec)
     check_batch(config, layout.rules, spec)
     dtype = choose_dtype(config, on_cpu=on_cpu)
-    folder = RunFolder.open(config.out, config.model.name, config.resume)
+    _check_same({"mesh": spec, **{name: getattr(config, name) for name in _SAME_EVERYWHERE}})
+    folder = _open_folder(config)
     if config.resume:
         folder.check_model(config.model)
     program = Program.prepare(config, step_spec(config, model, layout, spec.build(devices), dtype))
     checkpoints = Checkpoints(folder.checkpoints, config.keep_last, config.keep_best)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="data") as background:
-            opening = background.submit(_open_data, config)
+            opening = background.submit(_open_data, config, program.rows_dealt())
             background.submit(checkpoints.prepare)
             _raise_early(opening)
             _announce(config, program, folder, describe_devices(devices))
@@ -119,33 +128,34 @@ def run_training(config: TrainConfig) -> int:
             return _train(run)
     except BaseException:
         # A run that was refused leaves no folder behind; one with anything in it stays.
-        with suppress(OSError):
-            folder.path.rmdir()
+        if _speaks():
+            with suppress(OSError):
+                folder.path.rmdir()
         raise
 
 
 def _train(run: _Run) -> int:
     config, program, folder = run.config, run.program, run.folder
-    with StopSignals() as stop, closing(run.checkpoints) as checkpoints:
+    with (
+        StopSignals() as stop,
+        closing(run.checkpoints) as checkpoints,
+        Path(os.devnull).open("w", encoding="utf-8") as quiet,
+    ):
         start = _begin(config, program, checkpoints)
         corpus, batches, heldout = run.opening.result()
         prompt = _sample_prompt(config, corpus.tokenizer)
         for line in (_describe_data(corpus), *start.notes):
             _say(line)
+        _check_same(batches.state())
         first = int(start.state.step)
         if config.resume:
             batches.restore(start.extra["data"])
             if first >= config.steps:
                 _say(f"nothing to do: {first} of {config.steps} steps are done; raise --steps")
-        folder.write_config(dump(config))
         with (
             batches,
-            Metrics(
-                folder.metrics,
-                tensorboard=folder.tensorboard if config.tensorboard else None,
-                resumed_step=first if config.resume else None,
-            ) as metrics,
-            Progress(config.steps, start=first) as progress,
+            _open_metrics(config, folder, first) as metrics,
+            Progress(config.steps, start=first, stream=None if _speaks() else quiet) as progress,
         ):
             loop = Loop(
                 config=config,
@@ -170,6 +180,57 @@ def _train(run: _Run) -> int:
         _show_sample(config, program, corpus.tokenizer, prompt, state)
     _report(config, program, folder, outcome)
     return outcome.exit_code
+
+
+def _open_folder(config: TrainConfig) -> RunFolder:
+    """The run's folder, which process 0 finds and makes for all."""
+    if jax.process_count() == 1:
+        return RunFolder.open(config.out, config.model.name, config.resume)
+    from jax.experimental import multihost_utils
+
+    name = np.zeros(_LONGEST_PATH_BYTES, np.uint8)
+    if jax.process_index() == 0:
+        path = RunFolder.open(config.out, config.model.name, config.resume).path
+        text = str(path).encode()
+        name[: len(text)] = np.frombuffer(text, np.uint8)
+    name = np.asarray(multihost_utils.broadcast_one_to_all(name))
+    return RunFolder(Path(name.tobytes().rstrip(b"\0").decode()))
+
+
+def _check_same(facts: dict[str, Any]) -> None:
+    """Refuse processes that were started for another run than process 0, or with other data.
+
+    Raises:
+        ConfigError: on those that differ.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = {name: zlib.crc32(str(value).encode()) for name, value in facts.items()}
+    mine = np.array(list(digest.values()), np.uint32)
+    theirs = np.asarray(multihost_utils.broadcast_one_to_all(mine))
+    pairs = zip(digest, mine, theirs, strict=True)
+    differing = [name for name, own, other in pairs if own != other]
+    if differing:
+        raise ConfigError(
+            f"process {jax.process_index()} was not started for the same run as process 0",
+            where=f"{differing[0]} is {facts[differing[0]]} here",
+            why=f"other on process 0: {', '.join(differing)}",
+            fix="start all processes with the same flags, where the same training data is",
+        )
+
+
+def _open_metrics(config: TrainConfig, folder: RunFolder, first: int) -> Metrics:
+    """Where records go: of several processes, those of process 0 to the run's folder."""
+    if not _speaks():
+        return Metrics(Path(os.devnull))
+    folder.write_config(dump(config))
+    return Metrics(
+        folder.metrics,
+        tensorboard=folder.tensorboard if config.tensorboard else None,
+        resumed_step=first if config.resume else None,
+    )
 
 
 def _raise_early(opening: Future[Any]) -> None:
@@ -203,8 +264,13 @@ def _begin(config: TrainConfig, program: Program, checkpoints: Any) -> _Start:
     return _Start(restored.state, dict(restored.extra), [*restored.notes, said])
 
 
-def _open_data(config: TrainConfig) -> tuple[Any, Any, Any]:
-    """Corpus, training batches and a function that makes a pass over the held-out ones."""
+def _open_data(config: TrainConfig, block: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Corpus, training batches and a function that makes a pass over the held-out ones.
+
+    Args:
+        config: the run.
+        block: which block of rows this process reads, and how many there are.
+    """
     from meshwright.train.batches import Batches, heldout_batches
     from meshwright.train.corpus import open_corpus
 
@@ -213,8 +279,9 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, Any]:
         corpus.train,
         config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=block[0],
+        process_count=block[1],
+        microbatches=config.grad_accum,
     )
     batches.start()
 
@@ -223,8 +290,9 @@ def _open_data(config: TrainConfig) -> tuple[Any, Any, Any]:
             corpus.heldout,
             config.batch_size,
             config.eval_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=block[0],
+            process_count=block[1],
+            microbatches=config.grad_accum,
         )
 
     return corpus, batches, heldout
@@ -242,6 +310,8 @@ def _use_compilation_cache(config: TrainConfig) -> None:
 
 def _announce(config: TrainConfig, program: Program, folder: RunFolder, devices: str) -> None:
     """Say what was decided and derived, before anything runs."""
+    if not _speaks():
+        return
     from rich.console import Console
 
     layout, dtype = program.spec.layout, program.spec.compute_dtype
@@ -352,7 +422,7 @@ def _show_sample(
         top_k=40,
         hooks=hooks,
     )
-    text = tokenizer.decode([int(token) for token in out[0]])
+    text = tokenizer.decode([int(token) for token in fetch(out)[0]])
     _say("sample\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
 
@@ -376,8 +446,9 @@ def _report(config: TrainConfig, program: Program, folder: RunFolder, outcome: O
         "data_wait_seconds": outcome.data_wait_seconds,
         "save_block_seconds": outcome.save_block_seconds,
     }
-    sys.stdout.write(json.dumps(document) + "\n")
-    sys.stdout.flush()
+    if _speaks():
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
 
 
 def _process_start() -> float:
@@ -391,6 +462,13 @@ def _process_start() -> float:
         return now
 
 
+def _speaks() -> bool:
+    """Whether this is the one of several processes that prints and writes files."""
+    return started().index == 0
+
+
 def _say(text: str) -> None:
+    if not _speaks():
+        return
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

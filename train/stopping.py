@@ -20,7 +20,7 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["StopSignals"]
+__all__ = ["AskAll", "StopSignals"]
 
 _WATCHED = (signal.SIGTERM, signal.SIGINT)
 _STDERR = 2
@@ -93,6 +93,48 @@ class StopSignals:
                 # Through sys.stderr, where a live progress line makes room for it.
                 said = f"\n{name}: finishing this step, then saving{again}"
                 print(said, file=sys.stderr, flush=True)
+
+
+class AskAll:
+    """Whether any process says yes, as all of them come to know it at the same step.
+
+    A signal reaches the processes of a run at different times, or only one of them. One that
+    stopped a step before the others would leave them in a collective for ever. The answer is a
+    scalar on the devices, to be fetched with those of the step, so nobody waits for it.
+    """
+
+    def __init__(self) -> None:
+        import jax
+        import numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        mesh = Mesh(np.array(jax.devices()), ("all",))
+        self._count = jax.device_count()
+        self._each = NamedSharding(mesh, PartitionSpec("all"))
+        self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @classmethod
+    def of_processes(cls) -> AskAll | None:
+        """None with one process, which need not ask."""
+        import jax
+
+        return cls() if jax.process_count() > 1 else None
+
+    def __call__(self, mine: bool) -> Any:
+        """Ask; every process must.
+
+        Args:
+            mine: this process's answer.
+
+        Returns:
+            A scalar array, 1 if any said yes.
+        """
+        import jax
+        import numpy as np
+
+        answer = np.full((1,), float(mine), np.float32)
+        asked = jax.make_array_from_callback((self._count,), self._each, lambda _: answer)
+        return self._any(asked)
 
 
 def _stop_at_once() -> NoReturn:
