@@ -42,11 +42,12 @@ from meshwright.sharding.dims import (
     describe_optimizer,
     format_path,
 )
-from meshwright.sharding.errors import PlacementError
+from meshwright.sharding.errors import PlacementError, TopologyError
 from meshwright.sharding.mesh import MeshSpec, with_auto_axes
 from meshwright.sharding.placement import check_random
 from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
 from meshwright.sharding.rules import Rules
+from meshwright.sharding.slices import described_mesh
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
@@ -95,6 +96,8 @@ class Placer:
         dims: names for leaves without metadata; None for metadata and shapes alone.
         batch_dims: names of the dims of a batch's arrays, by path; arrays that no pattern names
             have rows first.
+        described: hardware that is not here, for which ``mesh`` is abstract: everything can be
+            decided and compiled for it, nothing placed.
 
     >>> import jax.numpy as jnp
     >>> placer = Placer.on("data=2,fsdp=4")
@@ -106,6 +109,7 @@ class Placer:
     rules: Rules
     dims: DimPatterns | None = None
     batch_dims: tuple[tuple[str, Dims], ...] = ()
+    described: Topology | None = None
 
     @classmethod
     def on(
@@ -125,26 +129,38 @@ class Placer:
                 each of the mesh's axes.
             dims: path patterns that name dims.
             batch_dims: see the class.
-            topology: whose devices to take for a mesh that does not exist yet; this machine's.
+            topology: whose devices to take for a mesh that does not exist yet; this machine's, or
+                hardware that is not here, such as ``v5p:4x4x4``.
 
         Raises:
             MeshError, TopologyError, RulesError: what cannot be built or folded.
         """
-        if not isinstance(mesh, Mesh):
-            spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-            target = Topology.parse(topology) if isinstance(topology, str) else topology
-            devices = target.devices()
-            mesh = spec.fill(len(devices), str(target)).build(devices)
-        mesh = with_auto_axes(mesh)
+        target = Topology.parse(topology) if isinstance(topology, str) else topology
+        described = None if isinstance(mesh, Mesh) or _is_here(target) else target
+        built = _built(mesh, target)
         if not isinstance(rules, Rules):
-            rules = rules_for(MeshSpec.of(mesh).names, rules)
+            rules = rules_for(MeshSpec.of(built).names, rules)
         patterns = dims if dims is None or isinstance(dims, DimPatterns) else DimPatterns.of(dims)
-        return cls(mesh, rules, patterns, tuple((batch_dims or {}).items()))
+        return cls(built, rules, patterns, tuple((batch_dims or {}).items()), described)
 
     @property
     def spec(self) -> MeshSpec:
         """Names and sizes of the mesh."""
         return MeshSpec.of(self.mesh)
+
+    def check_here(self) -> None:
+        """Refuse to place anything on hardware that is only described.
+
+        Raises:
+            TopologyError: names it, and what works.
+        """
+        if self.described is not None:
+            raise TopologyError(
+                f"cannot place arrays on `{self.described}`",
+                why="it describes hardware, it is not this machine",
+                fix="look at decisions and report(); to run, use topology='local' on that "
+                f"hardware, or 'cpu:{self.mesh.size}' to simulate",
+            )
 
     def in_force(self) -> Any:
         """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
@@ -201,6 +217,7 @@ class Placer:
         Returns:
             What ``build`` returns, each array in its layout.
         """
+        self.check_here()
         check_random(self.mesh)
         kept: list[Any] = []
 
@@ -223,6 +240,7 @@ class Placer:
 
     def put(self, tree: Any) -> Any:
         """Move a tree that exists already to where its leaves are to live; copies every array."""
+        self.check_here()
         graph, state = _split(tree)
         leaves, structure = jax.tree.flatten(state)
         layout = iter(self.layout(state).in_order)
@@ -281,6 +299,7 @@ class Placer:
             PlacementError: rows that the axes do not divide; with several processes, also shapes
                 or rows that differ from another's where they must not.
         """
+        self.check_here()
         if jax.process_count() == 1:
             return jax.device_put(batch, self.batch_shardings(batch))
         flat, structure = jax.tree_util.tree_flatten_with_path(batch)
@@ -324,6 +343,21 @@ class Placer:
                     )
                 return (*dims, *[None] * (rank - len(dims)))
         return ("batch", *[None] * (rank - 1)) if rank else ()
+
+
+def _is_here(target: Topology) -> bool:
+    return target.kind not in ("tpu", "gpu")
+
+
+def _built(mesh: str | MeshSpec | Mesh, target: Topology) -> Any:
+    """A mesh of devices; of hardware that is not here, an abstract one."""
+    if isinstance(mesh, Mesh):
+        return with_auto_axes(mesh)
+    spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+    if not _is_here(target):
+        return described_mesh(spec, target)
+    devices = target.devices()
+    return spec.fill(len(devices), str(target)).build(devices)
 
 
 def is_array(leaf: Any) -> bool:

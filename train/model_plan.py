@@ -115,7 +115,8 @@ def plan(
             fsdp a device then holds its shards and a few layers.
         batch_dims: names of the dims of a batch's arrays by path pattern, where rows are not first
             or more than rows is split.
-        topology: whose devices; ``local`` for those of this machine.
+        topology: whose devices; ``local`` for those of this machine, ``v5p:4x4x4`` to decide and
+            compile for hardware that is not here.
 
     Raises:
         ConfigError: a model, loss or batch that cannot be used so.
@@ -228,6 +229,7 @@ class Plan:
         Raises:
             ConfigError: a model made abstractly has no values.
         """
+        self.placer.check_here()
         check_random(self.mesh)
         key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
         with self.placer.in_force():
@@ -357,8 +359,8 @@ class Plan:
         """What the compiled step holds, moves and computes; see `meshwright.analyze`.
 
         Args:
-            topology: hardware to compile for, of as many devices as the mesh has; None for
-                simulated devices.
+            topology: hardware to compile for, of as many devices as the mesh has; None for what
+                the plan was made for, or simulated devices.
             quick: at low effort.
         """
         from meshwright.train.plan_report import report_of
@@ -389,6 +391,7 @@ class Plan:
         Raises:
             CheckpointError: none there, none usable, or of another model or optimizer.
         """
+        self.placer.check_here()
         from meshwright.train.checkpoint import Checkpoints
 
         checkpoints = Checkpoints(Path(folder))
@@ -400,12 +403,14 @@ class Plan:
     def on(self, mesh: str | MeshSpec | Mesh, *, topology: str | Topology = "local") -> Plan:
         """The same plan on another mesh, by the same rules."""
         placer = self.placer
-        built = Placer.on(mesh, placer.rules, topology=topology).mesh
-        parts = replace(self.parts, placer=replace(placer, mesh=built))
+        other = Placer.on(mesh, placer.rules, topology=topology)
+        other = replace(placer, mesh=other.mesh, described=other.described)
+        parts = replace(self.parts, placer=other)
         return Plan.of(parts, self.batch)
 
     def one_device(self) -> Plan:
         """The same plan on the first device alone: what every mesh is held against."""
+        self.placer.check_here()
         spec = MeshSpec(tuple((name, 1) for name in self.spec.names))
         return self.on(spec.build(list(self.mesh.devices.flat)[:1]))
 
