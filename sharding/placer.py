@@ -366,8 +366,10 @@ def is_array(leaf: Any) -> bool:
 
 
 def strong(leaf: Any) -> Any:
-    """An array without the weak type of a Python number's: one step takes that away, and compiles
-    the next one anew."""
+    """A number or an array, without the weak type of a Python number: one step takes that away, and
+    compiles the next one anew."""
+    if not hasattr(leaf, "dtype"):
+        return jnp.asarray(leaf, jnp.result_type(leaf))
     weak = getattr(leaf, "weak_type", False)
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 

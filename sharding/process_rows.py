@@ -155,10 +155,13 @@ def put(leaf: Any, sharding: Any) -> Any:
     """A copy of an array that every process has whole, in its place; RNG keys too.
 
     ``jax.device_put`` refuses RNG keys where the devices are not all this process's (0.10, 0.12).
+    And ``may_alias=False`` is not enough of a promise: a replicated result still shares the buffer
+    of the device that the array was on, and a step that donates it deletes the original (0.10.2).
     """
     import jax
     import jax.numpy as jnp
 
+    leaf = jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     if sharding.is_fully_addressable or not is_key:
         return jax.device_put(leaf, sharding, may_alias=False)

@@ -50,7 +50,7 @@ from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import check_random
-from meshwright.sharding.placer import Patterns, Placer, strong
+from meshwright.sharding.placer import Patterns, Placer, is_array, strong
 from meshwright.sharding.process_rows import put
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
@@ -133,13 +133,24 @@ def plan(
 
 def _inputs(inputs: Any, batch: Any) -> Sequence[Any] | None:
     if callable(inputs):
-        found = jax.eval_shape(inputs, batch)
-        return found if isinstance(found, tuple | list) else (found,)
+        found: list[Any] = []
+
+        def look(batch: Any) -> None:
+            given = inputs(batch)
+            # What is no array, such as a flag, is given to the call as it is.
+            found.extend(given if isinstance(given, tuple | list) else (given,))
+
+        jax.eval_shape(look, batch)
+        return jax.tree.map(_shape_of, found)
     if inputs is not None:
-        return [jax.eval_shape(lambda x=one: x) for one in inputs]
+        return jax.tree.map(_shape_of, list(inputs))
     if isinstance(batch, jax.ShapeDtypeStruct):
         return (batch,)
     return batch[:1] if isinstance(batch, tuple | list) and batch else None
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
 
 
 @dataclass(frozen=True)
@@ -238,7 +249,7 @@ class Plan:
     def _init(self, key: Any) -> ModelState:
         dialect, shardings = self.parts.dialect, self.shardings
         if dialect.make is not None:
-            return jax.jit(self._build, out_shardings=shardings)(key)
+            return self._built(key)
         if dialect.values is None:
             raise ConfigError(
                 "cannot initialise the model",
@@ -249,10 +260,14 @@ class Plan:
             jax.tree.map(lambda x, to: put(strong(x), to), values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
-        make = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
-        opt_state = make(params)
+        first = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
+        opt_state = first(params)
         step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
+
+    @functools.cached_property
+    def _built(self) -> Any:
+        return jax.jit(self._build, out_shardings=self.shardings)
 
     def _build(self, key: Any) -> ModelState:
         assert self.parts.dialect.make is not None

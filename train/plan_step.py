@@ -21,10 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from meshwright.sharding.decisions import axes_of
-from meshwright.sharding.dims import format_path
+from meshwright.sharding.dims import format_path, format_shape
 from meshwright.sharding.errors import ConfigError, PlacementError
 from meshwright.sharding.logical import resolving
 from meshwright.sharding.placement import Constrain
@@ -33,7 +34,7 @@ from meshwright.train.dialects import Dialect
 from meshwright.train.lookups import looked_up
 from meshwright.train.weights import scope_of
 
-__all__ = ["Accumulation", "ModelState", "StepParts"]
+__all__ = ["Accumulation", "ModelState", "StepParts", "kept"]
 
 
 @jax.tree_util.register_dataclass
@@ -115,14 +116,15 @@ class StepParts:
         """One optimizer step; see `meshwright.train.model_plan.Plan.step`."""
         loss, grads, metrics, rest = self.gradients(held, state, batch)
         params = _put(state.params, held["updated"])
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, params)
-        opt_state = _as_before(opt_state, state.opt_state, "the optimizer's state")
+        # Those that look at the loss, as reduce_on_plateau does, find it.
+        seen = {"value": loss} if _takes_value(self.optimizer) else {}
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, params, **seen)
         params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
         after = replace(
             state,
             step=state.step + 1,
             params=_put(params, held["params"]),
-            opt_state=opt_state,
+            opt_state=kept(opt_state, state.opt_state, "the optimizer's state"),
             rest=rest,
         )
         return after, {"loss": loss, **metrics}
@@ -162,8 +164,8 @@ class StepParts:
             used = self._used(params, held["params"], held["used"], held["gradients"], tables)
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
-            after = self.dialect.after(model, changed, used_rest)
-            after = _as_before(after, rest, "what the loss changes")
+            after = self.dialect.after(model, changed, used_rest, used)
+            after = kept(after, rest, "what the loss changes")
             return loss, (metrics, _put(after, held["rest"]))
 
         if self.how.regather:
@@ -222,8 +224,11 @@ class StepParts:
     ) -> tuple[Any, dict[str, Any], Any]:
         """(scalar, metrics, changed) of a loss function, whichever of these it returns."""
         constrain = Constrain(self.placer.rules, self.placer.mesh, {"batch"})
+        word = _key_word(loss)
+        given = (key,) if key is not None and not word else ()
+        named = {word: key} if key is not None and word else {}
         with resolving(constrain):
-            found = loss(model, batch) if key is None else loss(model, batch, key)
+            found = loss(model, batch, *given, **named)
         parts: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
         scalar: Any = parts[0] if parts else ()
         metrics, changed = (*parts[1:], None, None)[:2]
@@ -343,40 +348,81 @@ def _keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return True
 
 
+def kept(new: Any, old: Any, whose: str) -> Any:
+    """A part of the state after a step with the dtypes it had: the next is to be the same program.
+
+    Another precision is taken back, and so are weak types.
+
+    Raises:
+        ConfigError: other leaves or shapes, or another kind of number.
+    """
+    before, structure = jax.tree_util.tree_flatten_with_path(old)
+    after = jax.tree.leaves(new)
+    if len(after) != len(before):
+        raise ConfigError(
+            f"a step changes how many arrays {whose} has",
+            where=f"{len(before)} before, {len(after)} after",
+            why="the state of a compiled step keeps its structure",
+            fix="make all arrays where the model or the optimizer is made",
+        )
+
+    def one(path: Any, x: Any, now: Any) -> Any:
+        if jnp.shape(now) != x.shape:
+            raise ConfigError(
+                f"a step changes the shape of `{format_path(path)}` of {whose}",
+                where=f"{format_shape(x.shape)} before, {format_shape(jnp.shape(now))} after",
+                why="the state of a compiled step keeps its shapes",
+                fix="make it in its final shape, or keep it out of the model",
+            )
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return now
+        found = jnp.result_type(now)
+        kinds = (jnp.bool_, jnp.integer, jnp.inexact)
+        if any(jnp.issubdtype(found, k) != jnp.issubdtype(x.dtype, k) for k in kinds):
+            raise ConfigError(
+                f"cannot keep `{format_path(path)}` from step to step",
+                where=whose,
+                why=f"it was {x.dtype} and a step makes it {found}: the next would be "
+                "another program",
+                fix=f"give it the type it has after a step, or .astype({x.dtype}) there",
+            )
+        return jax.lax.convert_element_type(now, x.dtype)
+
+    pairs = zip(before, after, strict=True)
+    return jax.tree.unflatten(structure, [one(path, x, now) for (path, x), now in pairs])
+
+
 def _put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
 
 
-def _as_before(after: Any, before: Any, whose: str) -> Any:
-    """A state in the types it had: the next step is to be the same program.
-
-    Another precision is taken back, and so are weak types; another kind of number is refused.
-    """
-
-    def one(path: Any, new: Any, old: Any) -> Any:
-        if jnp.issubdtype(old.dtype, jax.dtypes.extended):
-            return new
-        kinds = (jnp.bool_, jnp.integer, jnp.inexact)
-        new = jnp.asarray(new)
-        if any(jnp.issubdtype(new.dtype, k) != jnp.issubdtype(old.dtype, k) for k in kinds):
-            raise ConfigError(
-                f"cannot keep `{format_path(path)}` from step to step",
-                where=whose,
-                why=f"it was {old.dtype} and a step makes it {new.dtype}: the next would be "
-                "another program",
-                fix=f"give it the type it has after a step, or .astype({old.dtype}) there",
-            )
-        return jax.lax.convert_element_type(new, old.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, after, before)
+_KEYS = ("key", "rng", "rngs")
 
 
 def _takes_key(loss: Callable[..., Any]) -> bool:
     """Whether a loss function has a third argument that must be given, or one called for a key."""
-    try:
-        parameters = list(inspect.signature(loss).parameters.values())
-    except (TypeError, ValueError):
-        return False
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    third = [p for p in parameters if p.kind in plain][2:3]
-    return any(p.default is p.empty or p.name in ("key", "rng", "rngs") for p in third)
+    third = [p for p in _parameters(loss) if p.kind in plain][2:3]
+    by_place = any(p.default is p.empty or p.name in _KEYS for p in third)
+    return by_place or _key_word(loss) is not None
+
+
+def _key_word(loss: Callable[..., Any]) -> str | None:
+    """The name by which alone a loss function takes its key, if it does."""
+    only = [p.name for p in _parameters(loss) if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return next((name for name in only if name in _KEYS), None)
+
+
+def _takes_value(optimizer: Any) -> bool:
+    """Whether an optimizer can be told the loss, by optax's name for it."""
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return False
+    parameters = _parameters(optimizer.update)
+    return any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
