@@ -1,8 +1,5 @@
 """nnx models that others wrote: flax's own modules, mamba2-jax, jraphx; held as `adoption` says."""
 
-# The packages are an extra; where they are absent the tests are skipped.
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import functools
