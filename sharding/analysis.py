@@ -104,6 +104,8 @@ class StepFacts:
         leaf_of: names what a collective moves; see `collectives_of`.
         rates: fractions of the data sheet's rates.
         dtype: of the matmuls, for utilisation; as `Chip.peak_flops` names it.
+        deferrable: of a step with several microbatches, the axes over which its gradients could
+            wait to be reduced until all are summed.
     """
 
     model: Mapping[str, Any]
@@ -114,6 +116,7 @@ class StepFacts:
     leaf_of: LeafOf | None = None
     rates: MeasuredRates = PUBLISHED
     dtype: str = "bf16"
+    deferrable: frozenset[str] = frozenset()
 
 
 def compile_once(
@@ -354,6 +357,7 @@ def _report(
                 # Whoever computes in float32 means to send it.
                 compute_itemsize=2 if reading.cost and "bf16" in reading.cost.matmul_flops else 4,
                 changing=changing,
+                deferrable=facts.deferrable,
             )
         ),
         decisions=(),

@@ -20,11 +20,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from meshwright.sharding.aot_errors import CompileError
 from meshwright.sharding.aot_wheels import versions
+from meshwright.sharding.hlo_source import located
 
 if TYPE_CHECKING:
     from jax.stages import Lowered
@@ -97,6 +98,10 @@ class CompiledProgram:
     chatter: str = ""
     out_of_memory: OutOfMemory | None = None
     quick: bool = False
+
+    def saying(self, chatter: str) -> CompiledProgram:
+        """The same with what the compiler wrote, its stack frames as lines of the source."""
+        return replace(self, chatter=located(chatter, self.text))
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:

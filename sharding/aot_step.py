@@ -28,7 +28,7 @@ import hashlib
 import io
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from meshwright.sharding.aot import run_child
@@ -177,7 +177,7 @@ def compile_lowered_step(
         topology=topology,
         timeout_seconds=timeout_seconds,
     )
-    return replace(done.value, chatter=done.chatter)
+    return done.value.saying(done.chatter)
 
 
 def _check(step: LoweredStep, spec: MeshSpec) -> None:

@@ -259,8 +259,7 @@ class _Decider:
 
     def measure(self, leaves: Sequence[Leaf]) -> None:
         """Where every leaf is small, as in a test, only those far below the largest are."""
-        sizes = (leaf.size_bytes for leaf in leaves if leaf.dims is None)
-        largest = max(sizes, default=0)
+        largest = max((leaf.size_bytes for leaf in leaves), default=0)
         if largest < self._small_bytes:
             self._small_bytes = largest // _FAR_BELOW
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-__all__ = ["SourceTable", "is_users"]
+__all__ = ["SourceTable", "is_users", "located"]
 
 _LIBRARIES = re.compile(
     r"(?:^|/)(?:site-packages|dist-packages|lib/python3\.\d+)/|(?:^|/)(?:jax|jaxlib|flax|optax)/"
@@ -92,3 +92,25 @@ class SourceTable:
             frames.append((self._files.get(file, ""), line))
             frame = parent - self._shift
         return frames
+
+
+def located(chatter: str, text: str | None) -> str:
+    """What the compiler wrote, its stack-frame numbers looked up in the text of its program.
+
+    Args:
+        chatter: lines with metadata such as ``metadata={op_name="jit(f)/add" stack_frame_id=4}``.
+        text: of the compiled program, for its tables; None where there is none.
+    """
+    if text is None or "stack_frame_id=" not in chatter:
+        return chatter
+    table = SourceTable()
+    for title in _TITLES:
+        start = text.find(f"\n{title}\n")
+        if start >= 0:
+            table.read(text, start + 1)
+
+    def place(found: re.Match[str]) -> str:
+        file, _, line = table.lookup(found.group(), is_users).rpartition(":")
+        return f'source_file="{file}" source_line={line}' if file else found.group()
+
+    return re.sub(r"stack_frame_id=\d+", place, chatter)

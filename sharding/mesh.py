@@ -29,7 +29,7 @@ from meshwright.sharding.errors import MeshError, did_you_mean
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh, Mesh
 
-__all__ = ["AXES", "MeshSpec"]
+__all__ = ["AXES", "MeshSpec", "with_auto_axes"]
 
 AXES = ("replica", "stage", "data", "fsdp", "expert", "context", "tensor")
 """The axis names of the written form, in canonical order: slowest link first."""
@@ -274,6 +274,20 @@ class MeshSpec:
 
         count = len(self.axes)
         return AbstractMesh(tuple(self.sizes.values()), self.names, (AxisType.Auto,) * count)
+
+
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The mesh over the same devices with every Explicit axis made Auto; itself if there is none.
+
+    `jax.make_mesh` makes Explicit axes unless told otherwise, on which layouts are part of an
+    array's type and no compiler places anything: shardings, as rules decide them, need Auto ones.
+    """
+    from jax.sharding import AxisType, Mesh
+
+    if AxisType.Explicit not in mesh.axis_types:
+        return mesh
+    types = tuple(AxisType.Auto if t == AxisType.Explicit else t for t in mesh.axis_types)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
 def _on_one_slice(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:

@@ -21,11 +21,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from meshwright.sharding.decisions import Decisions, resolve_dims
-from meshwright.sharding.errors import RulesError, did_you_mean
+from meshwright.sharding.errors import ConfigError, RulesError, did_you_mean
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.rules import Rules
 
-__all__ = ["Constrain", "init_sharded", "shardings_of"]
+__all__ = ["Constrain", "check_random", "init_sharded", "shardings_of"]
 
 
 def shardings_of(decisions: Decisions, tree: Any, mesh: Mesh) -> Any:
@@ -45,6 +45,22 @@ def init_sharded(init: Callable[..., Any], *args: Any, shardings: Any) -> Any:
         What ``init`` returns, every array laid out as its sharding says.
     """
     return jax.jit(init, out_shardings=shardings)(*args)
+
+
+def check_random(mesh: Mesh) -> None:
+    """Refuse a mesh of several devices under jax's old way of drawing random bits.
+
+    Raises:
+        ConfigError: ``jax_threefry_partitionable`` is off.
+    """
+    if mesh.size > 1 and not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+        raise ConfigError(
+            "cannot draw random numbers on several devices",
+            where=f"mesh {MeshSpec.of(mesh)}, jax_threefry_partitionable is False",
+            why="each device would draw every array whole, and users have had values that differ "
+            "by mesh (jax issue 21232)",
+            fix='jax.config.update("jax_threefry_partitionable", True), which is the default',
+        )
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,16 @@ from meshwright.sharding.dims import (
     describe_optimizer,
     format_path,
 )
-from meshwright.sharding.errors import PlacementError
-from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.errors import PlacementError, TopologyError
+from meshwright.sharding.mesh import MeshSpec, with_auto_axes
+from meshwright.sharding.placement import check_random
 from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
 from meshwright.sharding.rules import Rules
+from meshwright.sharding.slices import described_mesh
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "unannotated"]
+__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "strong", "unannotated"]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -94,6 +96,8 @@ class Placer:
         dims: names for leaves without metadata; None for metadata and shapes alone.
         batch_dims: names of the dims of a batch's arrays, by path; arrays that no pattern names
             have rows first.
+        described: hardware that is not here, for which ``mesh`` is abstract: everything can be
+            decided and compiled for it, nothing placed.
 
     >>> import jax.numpy as jnp
     >>> placer = Placer.on("data=2,fsdp=4")
@@ -105,6 +109,7 @@ class Placer:
     rules: Rules
     dims: DimPatterns | None = None
     batch_dims: tuple[tuple[str, Dims], ...] = ()
+    described: Topology | None = None
 
     @classmethod
     def on(
@@ -119,30 +124,59 @@ class Placer:
         """A placer from what people write.
 
         Args:
-            mesh: ``"data=2,fsdp=4"``, a spec, or a mesh that exists.
+            mesh: ``"data=2,fsdp=4"``, a spec, or a mesh that exists; its axes are taken as Auto.
             rules: Rules; strategies and rules in their written form; or None for the strategy of
                 each of the mesh's axes.
             dims: path patterns that name dims.
             batch_dims: see the class.
-            topology: whose devices to take for a mesh that does not exist yet; this machine's.
+            topology: whose devices to take for a mesh that does not exist yet; this machine's, or
+                hardware that is not here, such as ``v5p:4x4x4``.
 
         Raises:
             MeshError, TopologyError, RulesError: what cannot be built or folded.
         """
-        if not isinstance(mesh, Mesh):
-            spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-            target = Topology.parse(topology) if isinstance(topology, str) else topology
-            devices = target.devices()
-            mesh = spec.fill(len(devices), str(target)).build(devices)
+        target = Topology.parse(topology) if isinstance(topology, str) else topology
+        described = None if isinstance(mesh, Mesh) or _is_here(target) else target
+        built = _built(mesh, target)
         if not isinstance(rules, Rules):
-            rules = rules_for(MeshSpec.of(mesh).names, rules)
+            rules = rules_for(MeshSpec.of(built).names, rules)
         patterns = dims if dims is None or isinstance(dims, DimPatterns) else DimPatterns.of(dims)
-        return cls(mesh, rules, patterns, tuple((batch_dims or {}).items()))
+        return cls(built, rules, patterns, tuple((batch_dims or {}).items()), described)
 
     @property
     def spec(self) -> MeshSpec:
         """Names and sizes of the mesh."""
         return MeshSpec.of(self.mesh)
+
+    def check_here(self) -> None:
+        """Refuse to place anything on hardware that is only described.
+
+        Raises:
+            TopologyError: names it, and what works.
+        """
+        if self.described is not None:
+            raise TopologyError(
+                f"cannot place arrays on `{self.described}`",
+                why="it describes hardware, it is not this machine",
+                fix="look at decisions and report(); to run, use topology='local' on that "
+                f"hardware, or 'cpu:{self.mesh.size}' to simulate",
+            )
+
+    def in_force(self) -> Any:
+        """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
+        said = jax.sharding.get_abstract_mesh()
+        own = said.empty or said == self.mesh.abstract_mesh
+        return contextlib.nullcontext() if own else jax.set_mesh(self.mesh)
+
+    def on_mesh(self, tree: Any) -> Any:
+        """Arrays of another mesh, as ``jax.set_mesh`` makes them, whole on this one."""
+
+        def one(leaf: Any) -> Any:
+            made_on = getattr(getattr(leaf, "sharding", None), "mesh", None)
+            other = isinstance(leaf, jax.Array) and made_on not in (None, self.mesh)
+            return put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
+
+        return jax.tree.map(one, tree)
 
     def layout(self, tree: Any) -> TreeLayout:
         """Decide where each leaf of a tree lives.
@@ -183,6 +217,8 @@ class Placer:
         Returns:
             What ``build`` returns, each array in its layout.
         """
+        self.check_here()
+        check_random(self.mesh)
         kept: list[Any] = []
 
         def arrays(*args: Any) -> Any:
@@ -191,17 +227,20 @@ class Placer:
             state = jax.tree_util.tree_map_with_path(_counted, state)
             leaves, structure = jax.tree.flatten(state)
             kept[:] = [graph, structure, [None if is_array(leaf) else leaf for leaf in leaves]]
-            return [leaf for leaf in leaves if is_array(leaf)]
+            return [strong(leaf) for leaf in leaves if is_array(leaf)]
 
-        shapes = jax.eval_shape(arrays, *args)
-        layout = self.layout(_rejoined(shapes, kept[1], kept[2]))
-        shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
-        made = jax.jit(arrays, out_shardings=shardings)(*args)
+        with self.in_force():
+            args = self.on_mesh(args)
+            shapes = jax.eval_shape(arrays, *args)
+            layout = self.layout(_rejoined(shapes, kept[1], kept[2]))
+            shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
+            made = jax.jit(arrays, out_shardings=shardings)(*args)
         graph, structure, others = kept
         return _merge(graph, _rejoined(made, structure, others))
 
     def put(self, tree: Any) -> Any:
         """Move a tree that exists already to where its leaves are to live; copies every array."""
+        self.check_here()
         graph, state = _split(tree)
         leaves, structure = jax.tree.flatten(state)
         layout = iter(self.layout(state).in_order)
@@ -209,7 +248,7 @@ class Placer:
         def placed(leaf: Any) -> Any:
             if not is_array(leaf):
                 return leaf
-            return put(leaf, NamedSharding(self.mesh, next(layout).spec))
+            return put(strong(leaf), NamedSharding(self.mesh, next(layout).spec))
 
         return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
 
@@ -260,6 +299,7 @@ class Placer:
             PlacementError: rows that the axes do not divide; with several processes, also shapes
                 or rows that differ from another's where they must not.
         """
+        self.check_here()
         if jax.process_count() == 1:
             return jax.device_put(batch, self.batch_shardings(batch))
         flat, structure = jax.tree_util.tree_flatten_with_path(batch)
@@ -305,9 +345,33 @@ class Placer:
         return ("batch", *[None] * (rank - 1)) if rank else ()
 
 
+def _is_here(target: Topology) -> bool:
+    return target.kind not in ("tpu", "gpu")
+
+
+def _built(mesh: str | MeshSpec | Mesh, target: Topology) -> Any:
+    """A mesh of devices; of hardware that is not here, an abstract one."""
+    if isinstance(mesh, Mesh):
+        return with_auto_axes(mesh)
+    spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+    if not _is_here(target):
+        return described_mesh(spec, target)
+    devices = target.devices()
+    return spec.fill(len(devices), str(target)).build(devices)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or the shape of one: what is placed."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+def strong(leaf: Any) -> Any:
+    """A number or an array, without the weak type of a Python number: one step takes that away, and
+    compiles the next one anew."""
+    if not hasattr(leaf, "dtype"):
+        return jnp.asarray(leaf, jnp.result_type(leaf))
+    weak = getattr(leaf, "weak_type", False)
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ class PlanFacts:
         activations: (kind of collective, axis) that strategies move activations by.
         accumulates: the step has several microbatches.
         changing: paths of arguments whose type changes with their value.
+        deferrable: see `StepFacts`.
     """
 
     collectives: Sequence[Collective]
@@ -105,6 +106,7 @@ class PlanFacts:
     activations: frozenset[tuple[str, str]] = frozenset()
     accumulates: bool = False
     changing: Sequence[str] = ()
+    deferrable: frozenset[str] = frozenset()
 
     @property
     def chip(self) -> Chip | None:
@@ -281,15 +283,17 @@ def _part_of_axes(facts: PlanFacts, found: Collective) -> float:
 
 def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
     """Gradients reduced inside the microbatch loop although sums could wait."""
-    if not facts.accumulates:
-        return
+
+    def is_gradient(found: Collective) -> bool:
+        # Of our own trainer's steps leaves are known, and are used in the layers of a microbatch.
+        ours = facts.accumulates and found.loop_depth > 1 and found.leaf in facts.gathers
+        anyones = bool(facts.deferrable & set(found.axes) and found.loop_depth and found.leaf)
+        return ours or anyones
+
     inside = [
         c
         for c in facts.collectives
-        if c.kind in ("all-reduce", "reduce-scatter")
-        and c.phase == "backward"
-        and c.loop_depth > 1
-        and c.leaf in facts.gathers
+        if c.kind in ("all-reduce", "reduce-scatter") and c.phase == "backward" and is_gradient(c)
     ]
     for group in _grouped(inside, by_leaf=False):
         wire, first = sum(c.wire_bytes for c in group), group[0]
@@ -301,7 +305,10 @@ def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
                 leaf=_leaves_of(group),
                 cost_bytes=wire,
                 cost_seconds=_seconds(facts, first, wire),
-                fix="--accumulate whole (with --zero 1 or 0) keeps each device's sums and reduces "
+                fix="independent_rows=True keeps each device's sums and reduces once a step, where "
+                "the loss is a mean over rows that do not see one another"
+                if facts.deferrable
+                else "--accumulate whole (with --zero 1 or 0) keeps each device's sums and reduces "
                 "once a step",
             )
 

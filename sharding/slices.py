@@ -24,12 +24,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from meshwright.sharding.errors import MeshError, TopologyError
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.topology import Topology
 
-__all__ = ["check_layout", "check_topology", "nearest_topologies", "slices_of"]
+if TYPE_CHECKING:
+    from jax.sharding import AbstractMesh
+
+__all__ = ["check_layout", "check_topology", "described_mesh", "nearest_topologies", "slices_of"]
 
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_ONE_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -176,6 +180,13 @@ def _hosts_near(topology: Topology) -> Iterator[tuple[int, int]]:
         most = _MOST_GPUS // each
         for around in (gpus // each, topology.shape[0] * topology.slices):
             yield from ((min(max(around + step, 2), most), each) for step in (-1, 0, 1, 2))
+
+
+def described_mesh(mesh: MeshSpec, topology: Topology) -> AbstractMesh:
+    """The abstract mesh of hardware that is not here, checked as `check_topology` and
+    `check_layout` do."""
+    check_topology(topology)
+    return check_layout(topology, mesh).abstract()
 
 
 def check_layout(topology: Topology, mesh: MeshSpec) -> MeshSpec:

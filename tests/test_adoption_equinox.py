@@ -1,8 +1,5 @@
 """equinox models that others wrote: equimo, flowjax, equinox's own; held as `adoption` says."""
 
-# The packages are there in the lane of their own alone.
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import functools

@@ -1,8 +1,5 @@
 """linen models that others wrote: brax's networks, nano-moe-jax; held as `adoption` says."""
 
-# The packages are there in the lane of their own alone.
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator

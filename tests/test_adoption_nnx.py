@@ -1,8 +1,5 @@
 """nnx models that others wrote: flax's own modules, mamba2-jax, jraphx; held as `adoption` says."""
 
-# The packages are there in the lane of their own alone.
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 import functools
@@ -117,8 +114,8 @@ class Recurrent(nnx.Module):
     def __call__(self, x: Any) -> Any:
         x = nnx.relu(self.norm(self.conv(x)))
         x = self.drop(x).reshape(x.shape[0], 8, -1)
-        found: Any = self.rnn(x)
-        return self.head(nnx.relu(self.lora(found[:, -1])))
+        read: Any = self.rnn(x)
+        return self.head(nnx.relu(self.lora(read[:, -1])))
 
 
 def images() -> dict[str, Any]:

@@ -1,8 +1,5 @@
 """Plain pytrees that others made: dm-haiku, jax's own stax; held as `adoption` says."""
 
-# The packages are there in the lane of their own alone.
-# pyright: reportMissingImports=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -16,7 +16,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import meshwright
-from meshwright.sharding.errors import CheckpointError, ConfigError, PlacementError, RulesError
+from meshwright.sharding.errors import (
+    CheckpointError,
+    ConfigError,
+    PlacementError,
+    RulesError,
+    TopologyError,
+)
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.strategies import data, fsdp, zero1, zero2
 from meshwright.train.model_plan import Plan
@@ -337,3 +343,33 @@ def test_a_constraint_that_jit_would_drop_is_refused() -> None:
         plan.step(plan.init(0), plan.place(BATCHES[0]))
     with pytest.raises(PlacementError, match="6 is not divisible by 4"):
         plan.lower()
+
+
+def described(mesh: str, topology: str) -> Plan:
+    return meshwright.plan(
+        Net,
+        optimizer=optax.adamw(1e-2),
+        loss=loss,
+        batch={name: jax.ShapeDtypeStruct((64, 16), jnp.float32) for name in ("x", "y")},
+        mesh=mesh,
+        dims={"*": None},
+        topology=topology,
+    )
+
+
+def test_hardware_that_is_not_here_is_decided_for_and_refused_to_run_on(tmp_path: Path) -> None:
+    plan = described("data=4,fsdp=-1", "v5p:4x4x4")
+    assert plan.spec.sizes == {"data": 4, "fsdp": 16}
+    assert plan.decisions["up/kernel"].spec == P("fsdp")
+    assert "up/kernel" in plan.explain()
+    message = "cannot place arrays on `v5p:4x4x4`"
+    for use in (
+        lambda: plan.init(0),
+        lambda: plan.place(BATCHES[0]),
+        lambda: plan.restore(tmp_path),
+        plan.one_device,
+    ):
+        with pytest.raises(TopologyError, match=message):
+            use()
+    with pytest.raises(TopologyError, match="v5p:3x3x3"):
+        described("data=-1", "v5p:3x3x3")

@@ -49,13 +49,14 @@ from meshwright.sharding.dims import Dims, Leaf, describe_optimizer
 from meshwright.sharding.errors import ConfigError
 from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.placer import Patterns, Placer, is_array
+from meshwright.sharding.placement import check_random
+from meshwright.sharding.placer import Patterns, Placer, is_array, strong
 from meshwright.sharding.process_rows import put
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
 from meshwright.train.layout import compute_spec
-from meshwright.train.plan_step import Accumulation, ModelState, StepParts, strong
+from meshwright.train.plan_step import Accumulation, ModelState, StepParts
 
 if TYPE_CHECKING:
     import optax
@@ -114,7 +115,8 @@ def plan(
             fsdp a device then holds its shards and a few layers.
         batch_dims: names of the dims of a batch's arrays by path pattern, where rows are not first
             or more than rows is split.
-        topology: whose devices; ``local`` for those of this machine.
+        topology: whose devices; ``local`` for those of this machine, ``v5p:4x4x4`` to decide and
+            compile for hardware that is not here.
 
     Raises:
         ConfigError: a model, loss or batch that cannot be used so.
@@ -238,7 +240,13 @@ class Plan:
         Raises:
             ConfigError: a model made abstractly has no values.
         """
+        self.placer.check_here()
+        check_random(self.mesh)
         key = jax.random.key(key or 0) if key is None or isinstance(key, int) else key
+        with self.placer.in_force():
+            return self._init(self.placer.on_mesh(key))
+
+    def _init(self, key: Any) -> ModelState:
         dialect, shardings = self.parts.dialect, self.shardings
         if dialect.make is not None:
             return self._built(key)
@@ -249,29 +257,27 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(put, strong(values), at)
+            jax.tree.map(lambda x, to: put(strong(x), to), values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
-        first = jax.jit(
-            lambda params: strong(self.parts.optimizer.init(params)),
-            out_shardings=shardings.opt_state,
-        )
+        first = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
         opt_state = first(params)
         step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
 
     @functools.cached_property
     def _built(self) -> Any:
-        make = self.parts.dialect.make
-        assert make is not None
+        return jax.jit(self._build, out_shardings=self.shardings)
 
-        def build(key: Any) -> ModelState:
-            model_key, run_key = jax.random.split(key)
-            params, rest = strong(make(model_key))
-            opt_state = strong(self.parts.optimizer.init(params))
-            return ModelState(jnp.zeros((), jnp.int32), params, rest, opt_state, run_key)
+    def _build(self, key: Any) -> ModelState:
+        assert self.parts.dialect.make is not None
+        model_key, run_key = jax.random.split(key)
+        params, rest = jax.tree.map(strong, self.parts.dialect.make(model_key))
+        opt_state = self._optimizer_state(params)
+        return ModelState(jnp.zeros((), jnp.int32), params, rest, opt_state, run_key)
 
-        return jax.jit(build, out_shardings=self.shardings)
+    def _optimizer_state(self, params: Any) -> Any:
+        return jax.tree.map(strong, self.parts.optimizer.init(params))
 
     def place(self, batch: Any) -> Any:
         """A host's batch onto the devices; see `Placer.place`."""
@@ -283,16 +289,21 @@ class Plan:
         Returns:
             The next state and metrics: ``loss``, and what the loss function returned beside it.
         """
-        self._check(state, batch)
-        return self.jitted(state, batch)
+        with self.placer.in_force():
+            self._check(self.jitted, state, batch)
+            return self.jitted(state, batch)
 
     def eval_step(self, state: ModelState, batch: Any) -> dict[str, Any]:
         """Metrics of a batch, nothing changed; nnx modules are in evaluation mode."""
-        return self._evaluated(state, batch)
+        with self.placer.in_force():
+            self._check(self._evaluated, state, batch)
+            return self._evaluated(state, batch)
 
     def gradients(self, state: ModelState, batch: Any) -> tuple[Any, Any]:
         """(loss, gradients) of a batch, as the step would update with."""
-        return self._gradients(state, batch)
+        with self.placer.in_force():
+            self._check(self._gradients, state, batch)
+            return self._gradients(state, batch)
 
     def model(self, state: ModelState) -> Any:
         """The model with a state's arrays: the nnx module, linen's variables, or the tree."""
@@ -345,31 +356,33 @@ class Plan:
     def _checked(self) -> set[Any]:
         return set()
 
-    def _check(self, state: ModelState, batch: Any) -> None:
-        """Once for each shape of batch: refuse constraints that jit would drop."""
+    def _check(self, jitted: Any, state: ModelState, batch: Any) -> None:
+        """Once for each program and shape of batch: refuse constraints that jit would drop."""
         shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in jax.tree.leaves(batch))
-        if shapes not in self._checked:
-            check_constraints(self.jitted.trace(state, batch).jaxpr)
-            self._checked.add(shapes)
+        if (jitted, shapes) not in self._checked:
+            check_constraints(jitted.trace(state, batch).jaxpr)
+            self._checked.add((jitted, shapes))
 
     def lower(self) -> Any:
         """The step lowered for the mesh's devices, from shapes."""
-        traced = self.jitted.trace(self.shapes, self.batch_shapes)
-        check_constraints(traced.jaxpr)
-        return traced.lower()
+        with self.placer.in_force():
+            traced = self.jitted.trace(self.shapes, self.batch_shapes)
+            check_constraints(traced.jaxpr)
+            return traced.lower()
 
     def report(self, topology: str | Topology | None = None, *, quick: bool = False) -> PlanReport:
         """What the compiled step holds, moves and computes; see `meshwright.analyze`.
 
         Args:
-            topology: hardware to compile for, of as many devices as the mesh has; None for
-                simulated devices.
+            topology: hardware to compile for, of as many devices as the mesh has; None for what
+                the plan was made for, or simulated devices.
             quick: at low effort.
         """
         from meshwright.train.plan_report import report_of
 
-        # A checker that is shown this file under two names sees two classes.
-        return report_of(self, topology, quick=quick)  # type: ignore[arg-type]
+        with self.placer.in_force():
+            # A checker that is shown this file under two names sees two classes.
+            return report_of(self, topology, quick=quick)  # type: ignore[arg-type]
 
     def explain(self, html: str | Path | None = None) -> str:
         """The decisions as a table of text; as a page, too, if ``html`` names a file."""
@@ -393,6 +406,7 @@ class Plan:
         Raises:
             CheckpointError: none there, none usable, or of another model or optimizer.
         """
+        self.placer.check_here()
         from meshwright.train.checkpoint import Checkpoints
 
         checkpoints = Checkpoints(Path(folder))
@@ -404,12 +418,14 @@ class Plan:
     def on(self, mesh: str | MeshSpec | Mesh, *, topology: str | Topology = "local") -> Plan:
         """The same plan on another mesh, by the same rules."""
         placer = self.placer
-        built = Placer.on(mesh, placer.rules, topology=topology).mesh
-        parts = replace(self.parts, placer=replace(placer, mesh=built))
+        other = Placer.on(mesh, placer.rules, topology=topology)
+        other = replace(placer, mesh=other.mesh, described=other.described)
+        parts = replace(self.parts, placer=other)
         return Plan.of(parts, self.batch)
 
     def one_device(self) -> Plan:
         """The same plan on the first device alone: what every mesh is held against."""
+        self.placer.check_here()
         spec = MeshSpec(tuple((name, 1) for name in self.spec.names))
         return self.on(spec.build(list(self.mesh.devices.flat)[:1]))
 

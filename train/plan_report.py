@@ -12,6 +12,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from meshwright.sharding.decisions import Decisions
 from meshwright.sharding.errors import RunError
 from meshwright.sharding.hlo import Instruction, Shape
 from meshwright.sharding.mesh import MeshSpec
-from meshwright.sharding.planned import PlanReport
+from meshwright.sharding.planned import MemoryEstimate, PlanReport
 from meshwright.sharding.report import decision_json, decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
@@ -40,26 +41,43 @@ _SCOPE = re.compile(r"weight:[^/\s()]+")
 
 def report_of(plan: Plan, topology: str | Topology | None, *, quick: bool = False) -> PlanReport:
     """Compile a plan's step for hardware and read it; see `Plan.report`."""
+    several = plan.parts.how.microbatches > 1
     facts = StepFacts(
-        {"name": f"a plan of a {plan.parts.dialect.name} model"}, leaf_of=_namer(plan)
+        {"name": f"a plan of a {plan.parts.dialect.name} model"},
+        leaf_of=_namer(plan),
+        deferrable=frozenset(plan.parts.replica_axes(plan.held["gradients"]) if several else ()),
     )
     report = analyze(
         plan.jitted,
         plan.shapes,
         plan.batch_shapes,
         mesh=plan.spec,
-        topology=topology,
+        topology=topology or plan.placer.described,
         facts=facts,
         quick=quick,
     )
     found = [decision_json(decision) for decision in plan.decisions]
-    return _with_decisions(report, tuple(found))
+    memory = _told_apart(plan, report.memory)
+    return replace(report, decisions=tuple(found), memory=memory)
 
 
-def _with_decisions(report: PlanReport, decisions: tuple[Any, ...]) -> PlanReport:
-    from dataclasses import replace
-
-    return replace(report, decisions=decisions)
+def _told_apart(plan: Plan, memory: MemoryEstimate) -> MemoryEstimate:
+    """The arguments of the step as what they are: the model, the optimizer's state, the batch."""
+    model, moments = plan.decisions.bytes_per_device, plan.moments.bytes_per_device
+    batch = max(memory.parameters_bytes - model - moments, 0)
+    contributors = (
+        ("model", model),
+        ("optimizer", moments),
+        ("batch and counters", batch),
+        *(pair for pair in memory.contributors if pair[0] != "arguments"),
+    )
+    return replace(
+        memory,
+        parameters_bytes=model,
+        optimizer_bytes=moments,
+        batch_bytes=batch,
+        contributors=contributors,
+    )
 
 
 def _namer(plan: Plan) -> Any:

@@ -34,7 +34,7 @@ from meshwright.train.dialects import Dialect
 from meshwright.train.lookups import looked_up
 from meshwright.train.weights import scope_of
 
-__all__ = ["Accumulation", "ModelState", "StepParts", "kept", "strong"]
+__all__ = ["Accumulation", "ModelState", "StepParts", "kept"]
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +124,7 @@ class StepParts:
             state,
             step=state.step + 1,
             params=_put(params, held["params"]),
-            opt_state=kept(opt_state, state.opt_state, "the optimizer"),
+            opt_state=kept(opt_state, state.opt_state, "the optimizer's state"),
             rest=rest,
         )
         return after, {"loss": loss, **metrics}
@@ -165,7 +165,8 @@ class StepParts:
             model = self.dialect.build(used, used_rest)
             loss, metrics, changed = self._called(self.loss, model, batch, key)
             after = self.dialect.after(model, changed, used_rest, used)
-            return loss, (metrics, _put(kept(after, rest, "the model"), held["rest"]))
+            after = kept(after, rest, "what the loss changes")
+            return loss, (metrics, _put(after, held["rest"]))
 
         if self.how.regather:
             scalar = jax.checkpoint(scalar, policy=_keep_all_but_gathered)
@@ -267,7 +268,7 @@ class StepParts:
         self, held: Mapping[str, Any], state: ModelState, batch: Any
     ) -> tuple[Any, Any, dict[str, Any], Any]:
         """Gradients summed over microbatches on each device, reduced once."""
-        axes = self._replica_axes(held["gradients"])
+        axes = self.replica_axes(held["gradients"])
         sizes = self.placer.spec.sizes
         parts = math.prod(sizes[axis] for axis in axes)
 
@@ -297,7 +298,7 @@ class StepParts:
 
         return jax.tree.map(one, grads, held["gradients"])
 
-    def _replica_axes(self, gradients: Any) -> tuple[str, ...]:
+    def replica_axes(self, gradients: Any) -> tuple[str, ...]:
         """Axes of more than one device that split rows and no accumulator."""
         split = {
             axis
@@ -347,26 +348,13 @@ def _keep_all_but_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     return True
 
 
-def strong(tree: Any) -> Any:
-    """Arrays whose dtypes promotion respects.
-
-    What a Python number was made into is "weak" until something is added to it, and as that it is
-    another type to jit: the second step would compile again.
-    """
-
-    def one(x: Any) -> Any:
-        if not hasattr(x, "dtype"):
-            return jnp.asarray(x, jnp.result_type(x))
-        return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
-
-    return jax.tree.map(one, tree)
-
-
 def kept(new: Any, old: Any, whose: str) -> Any:
-    """A part of the state after a step with the dtypes it had before.
+    """A part of the state after a step with the dtypes it had: the next is to be the same program.
+
+    Another precision is taken back, and so are weak types.
 
     Raises:
-        ConfigError: other leaves or shapes, with which the next step would be another program.
+        ConfigError: other leaves or shapes, or another kind of number.
     """
     before, structure = jax.tree_util.tree_flatten_with_path(old)
     after = jax.tree.leaves(new)
@@ -388,6 +376,16 @@ def kept(new: Any, old: Any, whose: str) -> Any:
             )
         if jnp.issubdtype(x.dtype, jax.dtypes.extended):
             return now
+        found = jnp.result_type(now)
+        kinds = (jnp.bool_, jnp.integer, jnp.inexact)
+        if any(jnp.issubdtype(found, k) != jnp.issubdtype(x.dtype, k) for k in kinds):
+            raise ConfigError(
+                f"cannot keep `{format_path(path)}` from step to step",
+                where=whose,
+                why=f"it was {x.dtype} and a step makes it {found}: the next would be "
+                "another program",
+                fix=f"give it the type it has after a step, or .astype({x.dtype}) there",
+            )
         return jax.lax.convert_element_type(now, x.dtype)
 
     pairs = zip(before, after, strict=True)

@@ -216,7 +216,7 @@ class RunPlan:
                 topology=self.topology,
                 timeout_seconds=_TIMEOUT_SECONDS,
             )
-            return replace(done.value, chatter=done.chatter)
+            return done.value.saying(done.chatter)
 
         return compile_once(self.topology, {"quick": quick, "run": self._key()}, compile_it)
 
