@@ -25,7 +25,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -98,6 +98,8 @@ class Placer:
             have rows first.
         described: hardware that is not here, for which ``mesh`` is abstract: everything can be
             decided and compiled for it, nothing placed.
+        by_axis_names: where the rules are the strategies that the mesh's axes are named after, the
+            written rules added to them: on a mesh of other axes they would be others.
 
     >>> import jax.numpy as jnp
     >>> placer = Placer.on("data=2,fsdp=4")
@@ -110,6 +112,7 @@ class Placer:
     dims: DimPatterns | None = None
     batch_dims: tuple[tuple[str, Dims], ...] = ()
     described: Topology | None = None
+    by_axis_names: tuple[str, ...] | None = None
 
     @classmethod
     def on(
@@ -138,10 +141,21 @@ class Placer:
         target = Topology.parse(topology) if isinstance(topology, str) else topology
         described = None if isinstance(mesh, Mesh) or _is_here(target) else target
         built = _built(mesh, target)
+        by_names = None
         if not isinstance(rules, Rules):
+            words = tuple(rule for rule in rules or () if isinstance(rule, str))
+            by_names = words if len(words) == len(rules or ()) else None
             rules = rules_for(MeshSpec.of(built).names, rules)
         patterns = dims if dims is None or isinstance(dims, DimPatterns) else DimPatterns.of(dims)
-        return cls(built, rules, patterns, tuple((batch_dims or {}).items()), described)
+        batch_patterns = tuple((batch_dims or {}).items())
+        return cls(built, rules, patterns, batch_patterns, described, by_names)
+
+    def on_other(self, mesh: str | MeshSpec | Mesh, topology: str | Topology = "local") -> Placer:
+        """The same placer on another mesh: by the same rules, or, where they are those that the
+        axes are named after, by those of its axes."""
+        rules = self.rules if self.by_axis_names is None else self.by_axis_names
+        other = Placer.on(mesh, rules, topology=topology)
+        return replace(other, dims=self.dims, batch_dims=self.batch_dims)
 
     @property
     def spec(self) -> MeshSpec:

@@ -234,3 +234,15 @@ def test_in_tests_where_all_is_small_the_largest_leaves_are_split(devices: list[
     found = placer("fsdp=8", devices, [fsdp()]).layout(tree).params
     assert found["w"].spec == P("fsdp") and found["b"].spec == P()
     assert found["b"].reason == "small: 32 bytes, under the 128 of fsdp()"
+
+
+def test_another_mesh_has_the_strategies_of_its_own_axes_unless_others_were_given(
+    devices: list[Any],
+) -> None:
+    by_names = Placer.on("data=2,fsdp=4", ["activations.length=none"], dims=BY_NAME)
+    other = by_names.on_other("fsdp=8")
+    assert other.rules.strategies == (("fsdp", "fsdp"),) and other.dims is by_names.dims
+    assert other.rules.user_rules("activations") == by_names.rules.user_rules("activations")
+    given = Placer.on("data=2,fsdp=4", [data(), fsdp()])
+    with pytest.raises(RulesError, match="the mesh has no axis `data`"):
+        given.on_other("fsdp=8").specs({"w": jnp.ones((64, 64))})

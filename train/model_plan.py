@@ -416,11 +416,8 @@ class Plan:
             checkpoints.close()
 
     def on(self, mesh: str | MeshSpec | Mesh, *, topology: str | Topology = "local") -> Plan:
-        """The same plan on another mesh, by the same rules."""
-        placer = self.placer
-        other = Placer.on(mesh, placer.rules, topology=topology)
-        other = replace(placer, mesh=other.mesh, described=other.described)
-        parts = replace(self.parts, placer=other)
+        """The same plan on another mesh; see `Placer.on_other`."""
+        parts = replace(self.parts, placer=self.placer.on_other(mesh, topology))
         return Plan.of(parts, self.batch)
 
     def one_device(self) -> Plan:
