@@ -246,3 +246,23 @@ def test_another_mesh_has_the_strategies_of_its_own_axes_unless_others_were_give
     given = Placer.on("data=2,fsdp=4", [data(), fsdp()])
     with pytest.raises(RulesError, match="the mesh has no axis `data`"):
         given.on_other("fsdp=8").specs({"w": jnp.ones((64, 64))})
+
+
+def test_a_split_nnx_state_goes_through_jax_jit(devices: list[Any]) -> None:
+    place = placer("data=2,fsdp=4", devices, dims={"*": None})
+    net = place.init(lambda key: Net(rngs=nnx.Rngs(key)), jax.random.key(0))
+    graph, state = nnx.split(net)
+    shardings = place.shardings(state)
+
+    def step(state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        net = nnx.merge(graph, state, copy=True)
+        loss, grads = nnx.value_and_grad(lambda net: jnp.mean(net(x) ** 2))(net)
+        nnx.update(net, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(net, nnx.Param), grads))
+        return nnx.state(net), loss
+
+    jitted = jax.jit(step, in_shardings=(shardings, None), out_shardings=(shardings, None))
+    after, first = jitted(state, place.place(np.ones((16, 16), np.float32)))
+    assert after["first"]["kernel"][...].sharding.spec == P("fsdp")
+    assert int(after["dropout"]["rngs"]["count"][...]) == 1
+    _, second = jitted(after, place.place(np.ones((16, 16), np.float32)))
+    assert float(second) < float(first)
