@@ -105,11 +105,13 @@ def test_gradients_and_losses_are_those_of_one_device(mesh: str) -> None:
         assert array.sharding.is_equivalent_to(wanted, array.ndim)
 
 
-def test_initial_values_are_bitwise_those_of_one_device() -> None:
+def test_initial_values_are_those_of_one_device() -> None:
     first = jax.device_get(plan_of("data=1").init(3).params)
     for mesh in MESHES:
         found = jax.device_get(plan_of(mesh).init(3).params)
-        assert jax.tree.all(jax.tree.map(np.array_equal, found, first))
+        # The same random bits; compilers vectorise a logarithm by the shape of a shard, which the
+        # last places can show (jax 0.12; on 0.10 they do not).
+        jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=4), found, first)
 
 
 def test_layouts_are_what_the_rules_say() -> None:

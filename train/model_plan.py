@@ -231,7 +231,10 @@ class Plan:
         )
 
     def init(self, key: Any = None) -> ModelState:
-        """The first state, each array born in its layout; values do not depend on the mesh.
+        """The first state, each array born in its layout.
+
+        Random bits do not depend on the mesh; what initialisers compute from them in floating point
+        may, in its last places (`meshwright.sharding.placement`).
 
         Args:
             key: an RNG key (or a seed); of a model that exists its values are taken, copied, and
