@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from meshwright.models.experts import ExpertSums, expert_loss, load_imbalance, load_of
 from meshwright.models.hooks import Hooks, take_rows
@@ -43,6 +43,7 @@ from meshwright.train.pipeline import Pipeline
 from meshwright.train.replicas import Batch, Replicas
 from meshwright.train.stages import StageModel
 from meshwright.train.state import TrainState
+from meshwright.train.stored_order import in_stored_order
 from meshwright.train.weights import Reductions, Weights
 
 __all__ = [
@@ -137,6 +138,7 @@ def apply_gradients(
     Returns:
         As `train_step`.
     """
+    grads = _as_stored(spec, grads)
     loss = sums["plain"] / jnp.maximum(tokens, 1.0)
     norm = optax.tree.norm(grads)
     good = _acceptable(spec.guard, loss, norm, state.grad_norm_mean)
@@ -330,6 +332,13 @@ def _pipeline(
     )
     stream = replicas.size(constrain.rules.stream_axes())
     return Pipeline(schedule, replicas, model, spec.model.live, stream)
+
+
+def _as_stored(spec: StepSpec, grads: dict[str, Any]) -> dict[str, Any]:
+    """The embedding's gradient as its master lies in memory."""
+    layout = spec.layout.masters.specs(spec.model.shapes)[_EMBEDDING]
+    held = NamedSharding(spec.mesh, layout)
+    return {**grads, _EMBEDDING: in_stored_order(grads[_EMBEDDING], held)}
 
 
 def _acceptable(guard: GuardConfig, loss: jax.Array, norm: jax.Array, mean: jax.Array) -> jax.Array:
