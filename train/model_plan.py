@@ -388,7 +388,11 @@ class Plan:
             return report_of(self, topology, quick=quick)  # type: ignore[arg-type]
 
     def explain(self, html: str | Path | None = None) -> str:
-        """The decisions as a table of text; as a page, too, if ``html`` names a file."""
+        """The decisions as a table of text; as a page, too, if ``html`` names a file.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         from meshwright.train.plan_report import explained
 
         return explained(self, html)  # type: ignore[arg-type]

@@ -20,14 +20,13 @@ from jax.sharding import PartitionSpec
 from meshwright.sharding.analysis import StepFacts, analyze
 from meshwright.sharding.collectives import LeafOf
 from meshwright.sharding.decisions import Decisions
-from meshwright.sharding.errors import RunError
 from meshwright.sharding.hlo import Instruction, Shape
 from meshwright.sharding.leaf_names import either, sizes_of
-from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import MemoryEstimate, PlanReport
 from meshwright.sharding.report import decision_json, decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
+from meshwright.train.outfiles import write_text
 from meshwright.train.plan_leaves import local_shape
 from meshwright.train.weights import scope_of
 
@@ -138,10 +137,5 @@ def _write_page(plan: Plan, path: Path) -> None:
     from meshwright.sharding.decisions_page import decisions_html
 
     title = f"A {plan.parts.dialect.name} model on {plan.spec}"
-    page = decisions_html(_tables(plan), title=title, mesh=MeshSpec(plan.spec.axes))
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"cannot write `{path}`", why=error.strerror or str(error), fix="use another file"
-        ) from error
+    page = decisions_html(_tables(plan), title=title, mesh=plan.spec)
+    write_text(path, page)
