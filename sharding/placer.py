@@ -256,15 +256,11 @@ class Placer:
         """Move a tree that exists already to where its leaves are to live; copies every array."""
         self.check_here()
         graph, state = _split(tree)
-        leaves, structure = jax.tree.flatten(state)
-        layout = iter(self.layout(state).in_order)
 
-        def placed(leaf: Any) -> Any:
-            if not is_array(leaf):
-                return leaf
-            return put(strong(leaf), NamedSharding(self.mesh, next(layout).spec))
+        def placed(leaf: Any, sharding: NamedSharding) -> Any:
+            return put(strong(leaf), sharding) if is_array(leaf) else leaf
 
-        return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
+        return _merge(graph, jax.tree.map(placed, state, self.shardings(state)))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
@@ -273,15 +269,11 @@ class Placer:
         """
         nnx = sys.modules.get("flax.nnx")
         state = _state_of(tree)
-        layout = iter(self.layout(state).in_order)
 
-        def held(leaf: Any) -> Any:
-            if not is_array(leaf):
-                return leaf
-            sharding = NamedSharding(self.mesh, next(layout).spec)
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+        def held(leaf: Any, sharding: NamedSharding) -> Any:
+            return jax.lax.with_sharding_constraint(leaf, sharding) if is_array(leaf) else leaf
 
-        after = jax.tree.map(held, state)
+        after = jax.tree.map(held, state, self.shardings(state))
         if state is tree or nnx is None:
             return after
         nnx.update(tree, after)
