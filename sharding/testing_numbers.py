@@ -38,6 +38,7 @@ from meshwright.sharding.logical import check_constraints, resolving
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import Constrain
 from meshwright.sharding.placer import Placer, is_array, unannotated
+from meshwright.sharding.processes import fetch
 from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import format_table
 
@@ -293,23 +294,17 @@ def _steps(
         found |= _named(loss=loss, gradients=grads)
     for number in range(steps):
         state, metrics = plan.step(state, placed[number % len(placed)])
-        found |= {f"loss of step {number + 1}": _fetched(metrics["loss"])}
+        found |= {f"loss of step {number + 1}": fetch(metrics["loss"])}
     return found
 
 
 def _named(**sections: Any) -> dict[str, Any]:
     """Leaves by path below the name of their section, on the host."""
     return {
-        leaf.path: _fetched(value)
+        leaf.path: value
         for name, tree in sections.items()
-        for leaf, value in zip(describe({name: tree}), jax.tree.leaves(tree), strict=True)
+        for leaf, value in zip(describe({name: tree}), jax.tree.leaves(fetch(tree)), strict=True)
     }
-
-
-def _fetched(leaf: Any) -> np.ndarray:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(jax.device_get(leaf))
 
 
 @dataclass(frozen=True)
