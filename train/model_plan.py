@@ -337,15 +337,15 @@ class Plan:
     def held(self) -> dict[str, Any]:
         """Shardings by role, of the structure of what is trained and of the rest of the model."""
         params, rest = self.shapes.params, self.shapes.rest
-        used = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
-        count = len(jax.tree.leaves(params))
+        found = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
+        used, rest_used = jax.tree.unflatten(jax.tree.structure((params, rest)), found)
         return {
             "params": self.shardings.params,
-            "used": jax.tree.unflatten(jax.tree.structure(params), used[:count]),
+            "used": used,
             "gradients": self.gradients_at.shardings(params, self.mesh),
             "updated": self.updated_at.shardings(params, self.mesh),
             "rest": self.shardings.rest,
-            "rest_used": jax.tree.unflatten(jax.tree.structure(rest), used[count:]),
+            "rest_used": rest_used,
         }
 
     def used_spec(self, decision: Decision) -> PartitionSpec:
@@ -447,24 +447,17 @@ def _state_shapes(
     placer: Placer, model: Decisions, moments: Decisions, dialect: Dialect, opt_shapes: Any
 ) -> ModelState:
     """A state as ShapeDtypeStructs, each with its sharding."""
-    params, rest = dialect.shapes
     specs = [decision.spec for decision in model]
-    count = len(jax.tree.leaves(params))
+    params, rest = jax.tree.unflatten(jax.tree.structure(dialect.shapes), specs)
     whole = PartitionSpec()
-    layout = ModelState(
-        step=whole,
-        params=jax.tree.unflatten(jax.tree.structure(params), specs[:count]),
-        rest=jax.tree.unflatten(jax.tree.structure(rest), specs[count:]),
-        opt_state=moments.specs(opt_shapes),
-        key=whole,
-    )
+    layout = ModelState(whole, params, rest, moments.specs(opt_shapes), whole)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def placed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(placer.mesh, spec))
 
-    return jax.tree.map(placed, ModelState(step, params, rest, opt_shapes, key), layout)
+    return jax.tree.map(placed, ModelState(step, *dialect.shapes, opt_shapes, key), layout)
 
 
 def _bytes(leaves: Sequence[Leaf]) -> int:
