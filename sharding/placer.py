@@ -8,8 +8,8 @@ variables, an equinox module. Users who keep their own jitted step need nothing 
 What is an optimizer's state is told by its place: whatever lies in an optax state or below a name
 ``opt_state``. It goes by the ``optimizer`` table and takes its dims from the parameter whose path
 its own ends with; everything else goes by ``params``. Leaves that are no arrays (functions, names,
-numbers that a module carries) are passed by; but a number called ``step`` becomes an array when it
-is born, as it would be one after the first step, and the step would compile twice.
+numbers that a module carries) are passed by; but a number called ``step`` becomes an array on the
+mesh when it is born. The first step would make it one, and the second would be compiled anew.
 
 nnx objects are split into their state and merged again, so weights that two modules share are one
 leaf. They are built with nnx's eager sharding off: their metadata names dims, and only the rules
@@ -372,8 +372,8 @@ def is_array(leaf: Any) -> bool:
 
 
 def strong(leaf: Any) -> Any:
-    """A number or an array, without the weak type of a Python number: one step takes that away, and
-    compiles the next one anew."""
+    """A number or an array, without the weak type of a Python number: a step that takes that away
+    is compiled anew for what it made."""
     if not hasattr(leaf, "dtype"):
         return jnp.asarray(leaf, jnp.result_type(leaf))
     weak = getattr(leaf, "weak_type", False)
