@@ -51,7 +51,17 @@ from meshwright.sharding.slices import described_mesh
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "strong", "unannotated"]
+__all__ = [
+    "Patterns",
+    "Placer",
+    "TreeLayout",
+    "has_nnx",
+    "is_array",
+    "merge_nnx",
+    "split_nnx",
+    "strong",
+    "unannotated",
+]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -237,7 +247,7 @@ class Placer:
 
         def arrays(*args: Any) -> Any:
             with unannotated():
-                graph, state = _split(build(*args))
+                graph, state = split_nnx(build(*args))
             state = jax.tree_util.tree_map_with_path(_counted, state)
             leaves, structure = jax.tree.flatten(state)
             kept[:] = [graph, structure, [None if is_array(leaf) else leaf for leaf in leaves]]
@@ -250,33 +260,32 @@ class Placer:
             shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
             made = jax.jit(arrays, out_shardings=shardings)(*args)
         graph, structure, others = kept
-        return _merge(graph, _rejoined(made, structure, others))
+        return merge_nnx(graph, _rejoined(made, structure, others))
 
     def put(self, tree: Any) -> Any:
         """Move a tree that exists already to where its leaves are to live; copies every array."""
         self.check_here()
-        graph, state = _split(tree)
+        graph, state = split_nnx(tree)
 
         def placed(leaf: Any, sharding: NamedSharding) -> Any:
             return put(strong(leaf), sharding) if is_array(leaf) else leaf
 
-        return _merge(graph, jax.tree.map(placed, state, self.shardings(state)))
+        return merge_nnx(graph, jax.tree.map(placed, state, self.shardings(state)))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
 
         Without it the compiler chooses where the results of a user's own step live.
         """
-        nnx = sys.modules.get("flax.nnx")
-        state = _state_of(tree)
+        graph, state = split_nnx(tree)
 
         def held(leaf: Any, sharding: NamedSharding) -> Any:
             return jax.lax.with_sharding_constraint(leaf, sharding) if is_array(leaf) else leaf
 
         after = jax.tree.map(held, state, self.shardings(state))
-        if state is tree or nnx is None:
+        if graph is None:
             return after
-        nnx.update(tree, after)
+        sys.modules["flax.nnx"].update(tree, after)
         return tree
 
     def batch_shardings(self, batch: Any) -> Any:
@@ -380,6 +389,28 @@ def strong(leaf: Any) -> Any:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
 
 
+def has_nnx(tree: Any) -> bool:
+    """Whether there are nnx objects in a tree; does not import nnx, which has made them."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    objects = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Module
+    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, objects))
+    return any(isinstance(node, objects) for node in found)
+
+
+def split_nnx(tree: Any) -> tuple[Any, Any]:
+    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
+    if not has_nnx(tree):
+        return None, tree
+    return sys.modules["flax.nnx"].split(tree)
+
+
+def merge_nnx(graph: Any, state: Any) -> Any:
+    """Undo `split_nnx`."""
+    return state if graph is None else sys.modules["flax.nnx"].merge(graph, state)
+
+
 @contextlib.contextmanager
 def unannotated() -> Iterator[None]:
     """While nnx variables are made in this context their metadata names dims, not mesh axes."""
@@ -397,28 +428,8 @@ def _counted(key_path: Any, leaf: Any) -> Any:
     return jnp.asarray(leaf) if named and isinstance(leaf, int) else leaf
 
 
-def _has_nnx(tree: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return False
-    objects = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Module
-    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, objects))
-    return any(isinstance(node, objects) for node in found)
-
-
-def _split(tree: Any) -> tuple[Any, Any]:
-    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
-    if not _has_nnx(tree):
-        return None, tree
-    return sys.modules["flax.nnx"].split(tree)
-
-
-def _merge(graph: Any, state: Any) -> Any:
-    return state if graph is None else sys.modules["flax.nnx"].merge(graph, state)
-
-
 def _state_of(tree: Any) -> Any:
-    return _split(tree)[1]
+    return split_nnx(tree)[1]
 
 
 def _rejoined(arrays: Sequence[Any], structure: Any, others: Sequence[Any]) -> Any:
