@@ -45,7 +45,7 @@ from meshwright.sharding.dims import (
 from meshwright.sharding.errors import PlacementError, TopologyError
 from meshwright.sharding.mesh import MeshSpec, with_auto_axes
 from meshwright.sharding.placement import check_random
-from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
+from meshwright.sharding.process_rows import blocks_of, check_agreement, copy_to, from_own_rows
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.slices import described_mesh
 from meshwright.sharding.strategies import Strategy, rules_for
@@ -186,8 +186,8 @@ class Placer:
                 f"hardware, or 'cpu:{self.mesh.size}' to simulate",
             )
 
-    def in_force(self) -> Any:
-        """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
+    def in_force(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets this mesh where ``jax.set_mesh`` has set another, or the same with Explicit axes."""
         said = jax.sharding.get_abstract_mesh()
         own = said.empty or said == self.mesh.abstract_mesh
         return contextlib.nullcontext() if own else jax.set_mesh(self.mesh)
@@ -195,10 +195,12 @@ class Placer:
     def on_mesh(self, tree: Any) -> Any:
         """Arrays of another mesh, as ``jax.set_mesh`` makes them, whole on this one."""
 
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
         def one(leaf: Any) -> Any:
             made_on = getattr(getattr(leaf, "sharding", None), "mesh", None)
             other = isinstance(leaf, jax.Array) and made_on not in (None, self.mesh)
-            return put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
+            return copy_to(leaf, whole) if other else leaf
 
         return jax.tree.map(one, tree)
 
@@ -240,6 +242,10 @@ class Placer:
 
         Returns:
             What ``build`` returns, each array in its layout.
+
+        Raises:
+            TopologyError: the mesh is of hardware that is only described.
+            DimsError, RulesError, PlacementError: as `layout`.
         """
         self.check_here()
         check_random(self.mesh)
@@ -263,12 +269,16 @@ class Placer:
         return merge_nnx(graph, _rejoined(made, structure, others))
 
     def put(self, tree: Any) -> Any:
-        """Move a tree that exists already to where its leaves are to live; copies every array."""
+        """Move a tree that exists already to where its leaves are to live; copies every array.
+
+        Raises:
+            TopologyError, DimsError, RulesError, PlacementError: as `init`.
+        """
         self.check_here()
         graph, state = split_nnx(tree)
 
         def placed(leaf: Any, sharding: NamedSharding) -> Any:
-            return put(strong(leaf), sharding) if is_array(leaf) else leaf
+            return copy_to(strong(leaf), sharding) if is_array(leaf) else leaf
 
         return merge_nnx(graph, jax.tree.map(placed, state, self.shardings(state)))
 
@@ -429,6 +439,7 @@ def _counted(key_path: Any, leaf: Any) -> Any:
 
 
 def _state_of(tree: Any) -> Any:
+    """The arrays of a tree, those of nnx objects taken out of them."""
     return split_nnx(tree)[1]
 
 
@@ -440,6 +451,7 @@ def _rejoined(arrays: Sequence[Any], structure: Any, others: Sequence[Any]) -> A
 
 
 def _is_optimizer(node: Any) -> bool:
+    """Whether a node is a state of optax: these are named tuples of its modules."""
     named = isinstance(node, tuple) and hasattr(node, "_fields")
     return named and type(node).__module__.partition(".")[0] == "optax"
 
