@@ -8,8 +8,8 @@ variables, an equinox module. Users who keep their own jitted step need nothing 
 What is an optimizer's state is told by its place: whatever lies in an optax state or below a name
 ``opt_state``. It goes by the ``optimizer`` table and takes its dims from the parameter whose path
 its own ends with; everything else goes by ``params``. Leaves that are no arrays (functions, names,
-numbers that a module carries) are passed by; but a number called ``step`` becomes an array when it
-is born, as it would be one after the first step, and the step would compile twice.
+numbers that a module carries) are passed by; but a number called ``step`` becomes an array on the
+mesh when it is born. The first step would make it one, and the second would be compiled anew.
 
 nnx objects are split into their state and merged again, so weights that two modules share are one
 leaf. They are built with nnx's eager sharding off: their metadata names dims, and only the rules
@@ -45,13 +45,23 @@ from meshwright.sharding.dims import (
 from meshwright.sharding.errors import PlacementError, TopologyError
 from meshwright.sharding.mesh import MeshSpec, with_auto_axes
 from meshwright.sharding.placement import check_random
-from meshwright.sharding.process_rows import blocks_of, check_agreement, from_own_rows, put
+from meshwright.sharding.process_rows import blocks_of, check_agreement, copy_to, from_own_rows
 from meshwright.sharding.rules import Rules
 from meshwright.sharding.slices import described_mesh
 from meshwright.sharding.strategies import Strategy, rules_for
 from meshwright.sharding.topology import Topology
 
-__all__ = ["Patterns", "Placer", "TreeLayout", "is_array", "strong", "unannotated"]
+__all__ = [
+    "Patterns",
+    "Placer",
+    "TreeLayout",
+    "has_nnx",
+    "is_array",
+    "merge_nnx",
+    "split_nnx",
+    "strong",
+    "unannotated",
+]
 
 Patterns = DimPatterns | Mapping[str, Dims | None] | Iterable[tuple[str, Dims | None]]
 
@@ -176,8 +186,8 @@ class Placer:
                 f"hardware, or 'cpu:{self.mesh.size}' to simulate",
             )
 
-    def in_force(self) -> Any:
-        """This mesh where ``jax.set_mesh`` has said another, or one of Explicit axes."""
+    def in_force(self) -> contextlib.AbstractContextManager[Any]:
+        """Sets this mesh where ``jax.set_mesh`` has set another, or the same with Explicit axes."""
         said = jax.sharding.get_abstract_mesh()
         own = said.empty or said == self.mesh.abstract_mesh
         return contextlib.nullcontext() if own else jax.set_mesh(self.mesh)
@@ -185,10 +195,12 @@ class Placer:
     def on_mesh(self, tree: Any) -> Any:
         """Arrays of another mesh, as ``jax.set_mesh`` makes them, whole on this one."""
 
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
         def one(leaf: Any) -> Any:
             made_on = getattr(getattr(leaf, "sharding", None), "mesh", None)
             other = isinstance(leaf, jax.Array) and made_on not in (None, self.mesh)
-            return put(leaf, NamedSharding(self.mesh, PartitionSpec())) if other else leaf
+            return copy_to(leaf, whole) if other else leaf
 
         return jax.tree.map(one, tree)
 
@@ -230,6 +242,10 @@ class Placer:
 
         Returns:
             What ``build`` returns, each array in its layout.
+
+        Raises:
+            TopologyError: the mesh is of hardware that is only described.
+            DimsError, RulesError, PlacementError: as `layout`.
         """
         self.check_here()
         check_random(self.mesh)
@@ -237,7 +253,7 @@ class Placer:
 
         def arrays(*args: Any) -> Any:
             with unannotated():
-                graph, state = _split(build(*args))
+                graph, state = split_nnx(build(*args))
             state = jax.tree_util.tree_map_with_path(_counted, state)
             leaves, structure = jax.tree.flatten(state)
             kept[:] = [graph, structure, [None if is_array(leaf) else leaf for leaf in leaves]]
@@ -250,41 +266,36 @@ class Placer:
             shardings = [NamedSharding(self.mesh, decision.spec) for decision in layout.in_order]
             made = jax.jit(arrays, out_shardings=shardings)(*args)
         graph, structure, others = kept
-        return _merge(graph, _rejoined(made, structure, others))
+        return merge_nnx(graph, _rejoined(made, structure, others))
 
     def put(self, tree: Any) -> Any:
-        """Move a tree that exists already to where its leaves are to live; copies every array."""
+        """Move a tree that exists already to where its leaves are to live; copies every array.
+
+        Raises:
+            TopologyError, DimsError, RulesError, PlacementError: as `init`.
+        """
         self.check_here()
-        graph, state = _split(tree)
-        leaves, structure = jax.tree.flatten(state)
-        layout = iter(self.layout(state).in_order)
+        graph, state = split_nnx(tree)
 
-        def placed(leaf: Any) -> Any:
-            if not is_array(leaf):
-                return leaf
-            return put(strong(leaf), NamedSharding(self.mesh, next(layout).spec))
+        def placed(leaf: Any, sharding: NamedSharding) -> Any:
+            return copy_to(strong(leaf), sharding) if is_array(leaf) else leaf
 
-        return _merge(graph, jax.tree.unflatten(structure, [placed(leaf) for leaf in leaves]))
+        return merge_nnx(graph, jax.tree.map(placed, state, self.shardings(state)))
 
     def hold(self, tree: Any) -> Any:
         """Inside a jitted function: constrain every leaf to its layout; nnx objects in place.
 
         Without it the compiler chooses where the results of a user's own step live.
         """
-        nnx = sys.modules.get("flax.nnx")
-        state = _state_of(tree)
-        layout = iter(self.layout(state).in_order)
+        graph, state = split_nnx(tree)
 
-        def held(leaf: Any) -> Any:
-            if not is_array(leaf):
-                return leaf
-            sharding = NamedSharding(self.mesh, next(layout).spec)
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+        def held(leaf: Any, sharding: NamedSharding) -> Any:
+            return jax.lax.with_sharding_constraint(leaf, sharding) if is_array(leaf) else leaf
 
-        after = jax.tree.map(held, state)
-        if state is tree or nnx is None:
+        after = jax.tree.map(held, state, self.shardings(state))
+        if graph is None:
             return after
-        nnx.update(tree, after)
+        sys.modules["flax.nnx"].update(tree, after)
         return tree
 
     def batch_shardings(self, batch: Any) -> Any:
@@ -380,12 +391,34 @@ def is_array(leaf: Any) -> bool:
 
 
 def strong(leaf: Any) -> Any:
-    """A number or an array, without the weak type of a Python number: one step takes that away, and
-    compiles the next one anew."""
+    """A number or an array, without the weak type of a Python number: a step that takes that away
+    is compiled anew for what it made."""
     if not hasattr(leaf, "dtype"):
         return jnp.asarray(leaf, jnp.result_type(leaf))
     weak = getattr(leaf, "weak_type", False)
     return jax.lax.convert_element_type(leaf, leaf.dtype) if weak else leaf
+
+
+def has_nnx(tree: Any) -> bool:
+    """Whether there are nnx objects in a tree; does not import nnx, which has made them."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    objects = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Module
+    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, objects))
+    return any(isinstance(node, objects) for node in found)
+
+
+def split_nnx(tree: Any) -> tuple[Any, Any]:
+    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
+    if not has_nnx(tree):
+        return None, tree
+    return sys.modules["flax.nnx"].split(tree)
+
+
+def merge_nnx(graph: Any, state: Any) -> Any:
+    """Undo `split_nnx`."""
+    return state if graph is None else sys.modules["flax.nnx"].merge(graph, state)
 
 
 @contextlib.contextmanager
@@ -405,28 +438,9 @@ def _counted(key_path: Any, leaf: Any) -> Any:
     return jnp.asarray(leaf) if named and isinstance(leaf, int) else leaf
 
 
-def _has_nnx(tree: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return False
-    objects = nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Module
-    found = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, objects))
-    return any(isinstance(node, objects) for node in found)
-
-
-def _split(tree: Any) -> tuple[Any, Any]:
-    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
-    if not _has_nnx(tree):
-        return None, tree
-    return sys.modules["flax.nnx"].split(tree)
-
-
-def _merge(graph: Any, state: Any) -> Any:
-    return state if graph is None else sys.modules["flax.nnx"].merge(graph, state)
-
-
 def _state_of(tree: Any) -> Any:
-    return _split(tree)[1]
+    """The arrays of a tree, those of nnx objects taken out of them."""
+    return split_nnx(tree)[1]
 
 
 def _rejoined(arrays: Sequence[Any], structure: Any, others: Sequence[Any]) -> Any:
@@ -437,6 +451,7 @@ def _rejoined(arrays: Sequence[Any], structure: Any, others: Sequence[Any]) -> A
 
 
 def _is_optimizer(node: Any) -> bool:
+    """Whether a node is a state of optax: these are named tuples of its modules."""
     named = isinstance(node, tuple) and hasattr(node, "_fields")
     return named and type(node).__module__.partition(".")[0] == "optax"
 

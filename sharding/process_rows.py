@@ -25,7 +25,14 @@ from typing import Any
 
 from meshwright.sharding.errors import PlacementError
 
-__all__ = ["block_of", "blocks_of", "check_agreement", "from_own_rows", "put", "rows_of_process"]
+__all__ = [
+    "block_of",
+    "blocks_of",
+    "check_agreement",
+    "copy_to",
+    "from_own_rows",
+    "rows_of_process",
+]
 
 _PATIENCE_SECONDS = 20.0
 
@@ -151,7 +158,7 @@ def from_own_rows(x: Any, sharding: Any, shape: Sequence[int], dim: int | None) 
     return jax.make_array_from_callback(tuple(shape), sharding, part)
 
 
-def put(leaf: Any, sharding: Any) -> Any:
+def copy_to(leaf: Any, sharding: Any) -> Any:
     """A copy of an array that every process has whole, in its place; RNG keys too.
 
     ``jax.device_put`` refuses RNG keys where the devices are not all this process's (0.10, 0.12).

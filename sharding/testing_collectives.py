@@ -30,6 +30,7 @@ from meshwright.sharding.collectives import LeafOf, collectives_of
 from meshwright.sharding.dims import format_path
 from meshwright.sharding.errors import ConfigError, did_you_mean
 from meshwright.sharding.hlo import Instruction, Shape, parse_module
+from meshwright.sharding.leaf_names import either, sizes_of
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, PlanReport
 from meshwright.sharding.testing_plan import PlanLike, is_plan
@@ -39,7 +40,6 @@ from meshwright.sharding.units import format_bytes
 __all__ = ["assert_collectives"]
 
 _KINDS: tuple[str, ...] = get_args(Kind)
-_NAMED = 2
 # Differs from the default of no option in nothing but that jax keeps the result apart.
 _APART = {"xla_embed_ir_in_executable": False}
 
@@ -177,29 +177,22 @@ def _compiled_here(jitted: Any, args: Sequence[Any], mesh: Mesh) -> _Program:
 
 
 def _namer(jitted: Any, args: Sequence[Any]) -> LeafOf:
-    """Names an array by the arguments of its shape, whole or on a device; two at the most."""
+    """Names an array by the arguments of its shape, whole or on a device."""
     whole: dict[tuple[int, ...], list[str]] = {}
     parts: dict[tuple[int, ...], list[str]] = {}
     names = _argument_names(jitted, len(args))
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(zip(names, args, strict=True))):
         shape, sharding = np.shape(leaf), getattr(leaf, "sharding", None)
-        whole.setdefault(_sizes(shape), []).append(format_path(path))
+        whole.setdefault(sizes_of(shape), []).append(format_path(path))
         if sharding is not None:
             local = sharding.shard_shape(shape)
-            parts.setdefault(_sizes(local), []).append(format_path(path))
+            parts.setdefault(sizes_of(local), []).append(format_path(path))
 
     def name(_: Instruction, shape: Shape) -> str:
-        sizes = _sizes(shape.dims)
-        found = (whole.get(sizes) or parts.get(sizes) or []) if sizes else []
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return " or ".join(found[:_NAMED]) + more
+        sizes = sizes_of(shape.dims)
+        return either(whole.get(sizes) or parts.get(sizes) or []) if sizes else ""
 
     return name
-
-
-def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape as far as compilers keep it: they transpose, and drop dims of 1."""
-    return tuple(sorted(size for size in shape if size != 1))
 
 
 def _argument_names(jitted: Any, count: int) -> list[str]:

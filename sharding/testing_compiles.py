@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from jax.sharding import NamedSharding
 
 from meshwright.sharding.dims import format_path, format_shape
 from meshwright.sharding.errors import ConfigError
+from meshwright.sharding.placer import has_nnx
 from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import format_table, shortened
 
@@ -86,10 +86,7 @@ def _next(state: Any, out: Any) -> Any:
     for one in (out, first):
         if jax.tree.structure(one) == jax.tree.structure(state):
             return one
-    nnx = sys.modules.get("flax.nnx")
-    objects = () if nnx is None else (nnx.Pytree,)
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, objects))
-    return state if any(isinstance(node, objects) for node in nodes) else first
+    return state if has_nnx(state) else first
 
 
 def _placed_step(plan: PlanLike, state: Any, batch: Any) -> Any:

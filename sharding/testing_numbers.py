@@ -22,7 +22,6 @@ Cost: one compilation for one device and one for each mesh; all results are fetc
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,8 @@ from meshwright.sharding.errors import ConfigError, TopologyError
 from meshwright.sharding.logical import check_constraints, resolving
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import Constrain
-from meshwright.sharding.placer import Placer, is_array, unannotated
+from meshwright.sharding.placer import Placer, is_array, merge_nnx, split_nnx, unannotated
+from meshwright.sharding.processes import fetch
 from meshwright.sharding.testing_plan import PlanLike, is_plan
 from meshwright.sharding.testing_table import format_table
 
@@ -186,7 +186,7 @@ class _Function:
 
     @classmethod
     def of(cls, fn: Callable[..., Any], first: Any) -> _Function:
-        graph, state = _split(first)
+        graph, state = split_nnx(first)
         return cls(
             fn,
             graph,
@@ -197,21 +197,9 @@ class _Function:
 
     def __call__(self, trained: Any, fixed: Any, *rest: Any) -> tuple[Any, Any]:
         """What the function returns, and what nnx objects hold afterwards."""
-        state = _joined(_joined(trained, fixed), self.static)
-        if self.graph is None:
-            return self.fn(state, *rest), None
-        first = sys.modules["flax.nnx"].merge(self.graph, state)
+        first = merge_nnx(self.graph, _joined(_joined(trained, fixed), self.static))
         out = self.fn(first, *rest)
-        return out, _only(_split(first)[1], is_array)
-
-
-def _split(tree: Any) -> tuple[Any, Any]:
-    """(graph, state) of a tree with nnx objects; (None, tree) of any other."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return None, tree
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Pytree))
-    return nnx.split(tree) if any(isinstance(n, nnx.Pytree) for n in nodes) else (None, tree)
+        return out, None if self.graph is None else _only(split_nnx(first)[1], is_array)
 
 
 def _only(tree: Any, keep: Callable[[Any], bool]) -> Any:
@@ -293,23 +281,17 @@ def _steps(
         found |= _named(loss=loss, gradients=grads)
     for number in range(steps):
         state, metrics = plan.step(state, placed[number % len(placed)])
-        found |= {f"loss of step {number + 1}": _fetched(metrics["loss"])}
+        found |= {f"loss of step {number + 1}": fetch(metrics["loss"])}
     return found
 
 
 def _named(**sections: Any) -> dict[str, Any]:
     """Leaves by path below the name of their section, on the host."""
     return {
-        leaf.path: _fetched(value)
+        leaf.path: value
         for name, tree in sections.items()
-        for leaf, value in zip(describe({name: tree}), jax.tree.leaves(tree), strict=True)
+        for leaf, value in zip(describe({name: tree}), jax.tree.leaves(fetch(tree)), strict=True)
     }
-
-
-def _fetched(leaf: Any) -> np.ndarray:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(jax.device_get(leaf))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What the assertions ask of a plan, so that whoever has one of these can be tested.
 
-A protocol and no class: plans are made in another room (`meshwright.train.plan`), and a project
-with a trainer of its own passes any object with these members.
+A protocol and no class: plans are made in another room (`meshwright.train.model_plan`), and a
+project with a trainer of its own passes any object with these members.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ from typing import Any
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from meshwright.sharding import Decision
+from meshwright.sharding import Decision, fetch
 from meshwright.sharding.strategies import SMALL_LEAF_BYTES
 from meshwright.train.model_plan import Plan
 from meshwright.train.plan_step import ModelState
@@ -97,13 +96,8 @@ class Run:
 
 def plain(tree: Any) -> dict[str, np.ndarray]:
     """Leaves as numpy arrays by path; RNG keys as their data."""
-
-    def one(x: Any) -> np.ndarray:
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): one(leaf) for path, leaf in flat}
+    flat, _ = jax.tree_util.tree_flatten_with_path(fetch(tree))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
 @contextlib.contextmanager

@@ -289,6 +289,23 @@ def test_a_step_of_placed_params_and_other_moments_is_compiled_twice_in_plain_ja
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(("devices", "again"), [(1, 0), (8, 1)])
+def test_a_python_counter_is_compiled_twice_on_a_mesh_in_plain_jax(
+    devices: int, again: int
+) -> None:
+    state = create(jax.random.key(0))
+    assert state.step == 0 and isinstance(state.step, int)
+    if devices > 1:
+        whole = NamedSharding(auto(data=devices), P())
+        params, opt_state = jax.device_put((state.params, state.opt_state), whole)
+        state = state.replace(params=params, opt_state=opt_state)
+    step = jax.jit(lambda state, batch: update(state, batch))
+    state = step(state, ROWS)
+    with compilations() as found:
+        step(step(state, ROWS), ROWS)
+    assert len(found) == again
+
+
 def test_a_weak_type_is_compiled_twice_in_plain_jax() -> None:
     step = jax.jit(lambda rate: rate * jnp.float32(0.5))
     rate = step(1.0)

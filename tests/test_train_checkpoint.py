@@ -26,6 +26,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meshwright.sharding.errors import CheckpointError, RunError
+from meshwright.sharding.processes import fetch
 from meshwright.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -84,11 +85,7 @@ def abstract_of(state: Any, placed: Any | None = None) -> Any:
 
 def numbers(tree: Any) -> list[np.ndarray]:
     """The values of the leaves, copied: a view of a buffer would change when it is donated."""
-    leaves = [
-        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return [np.array(leaf, copy=True) for leaf in leaves]
+    return [np.array(leaf, copy=True) for leaf in jax.tree.leaves(fetch(tree))]
 
 
 def assert_same(found: Any, expected: list[np.ndarray]) -> None:

@@ -21,6 +21,7 @@ from meshwright.sharding.errors import (
     ConfigError,
     PlacementError,
     RulesError,
+    RunError,
     TopologyError,
 )
 from meshwright.sharding.mesh import MeshSpec
@@ -112,6 +113,14 @@ def test_initial_values_are_those_of_one_device() -> None:
         # The same random bits; compilers vectorise a logarithm by the shape of a shard, which the
         # last places can show (jax 0.12; on 0.10 they do not).
         jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, maxulp=4), found, first)
+
+
+def test_a_page_of_decisions_is_written_or_refused(tmp_path: Path) -> None:
+    plan = plan_of("data=2,fsdp=4")
+    plan.explain(tmp_path / "decisions.html")
+    assert "up/kernel" in (tmp_path / "decisions.html").read_text("utf-8")
+    with pytest.raises(RunError, match="cannot write"):
+        plan.explain(html=tmp_path)
 
 
 def test_layouts_are_what_the_rules_say() -> None:

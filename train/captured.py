@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from meshwright.sharding.errors import ConfigError
+from meshwright.sharding.processes import fetch
 
 __all__ = ["captured_arrays", "made_in_earnest"]
 
@@ -113,8 +113,7 @@ def made_in_earnest(
         other, wanted = (of(make(jax.random.key(seed))) for seed in (1, 0))
     constants, others = (captured_arrays(static_of(one)) for one in (wanted, other))
     same = len(constants) == len(others) and all(
-        np.array_equal(_numbers(one), _numbers(two))
-        for one, two in zip(constants, others, strict=True)
+        np.array_equal(one, two) for one, two in zip(fetch(constants), fetch(others), strict=True)
     )
     if not same:
         raise ConfigError(
@@ -123,11 +122,6 @@ def made_in_earnest(
             fix="make it and pass the model itself, or keep these arrays in its fields",
         )
     return wanted
-
-
-def _numbers(array: Any) -> np.ndarray:
-    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(array) if is_key else array)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ from meshwright.train.ring import (
     SavedRows,
     Softmax,
     after,
+    attend,
     heads_last,
 )
 
@@ -101,8 +102,7 @@ def gathered_attention(
     check_heads("gather", q.shape[2], k.shape[2], parts)
     tokens = chunk_length(layout, length, parts, chunk)
     gathered = Gathered(axis, parts, layout, length, ChunkKernel(tokens, causal, scale))
-    with jax.named_scope("gathered_attention"):
-        return _attend(gathered, q, k, v, segments)
+    return attend(gathered, q, k, v, segments)
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,32 @@ class Gathered:
     length: int
     kernel: ChunkKernel
 
+    @jax.named_scope("gathered_attention")
     def forward(self, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Array]:
         """Output and log-sum-exp: as `meshwright.train.ring.Ring.forward`."""
-        with jax.named_scope("gathered_attention"):
-            out, (*_, log_total) = _forward(self, q, k, v, segments)
-        return out, log_total
+        queries = QueryBlock.of(q, segments, k.shape[2])
+        keys = self.keys(k, v, segments)
+        seen = self.kernel.forward(Softmax.of(queries.q), queries, keys, *self.work())
+        out, log_total = seen.result()
+        return checkpoint_name((heads_last(out).astype(q.dtype), log_total), ATTENTION)
 
+    @jax.named_scope("gathered_attention")
     def backward(self, saved: Any, out_grad: Array) -> tuple[Array, Array, Array]:
         """Gradients: as `meshwright.train.ring.Ring.backward`."""
-        with jax.named_scope("gathered_attention"):
-            return _backward(self, saved, out_grad)[:3]
+        q, k, v, segments, out, log_total = saved
+        # Otherwise a compiler may merge this gather with the forward pass's and keep the keys of
+        # all devices in between.
+        k, v, segments = after(out_grad, (k, v, segments))
+        queries = QueryBlock.of(q, segments, k.shape[2])
+        rows = SavedRows.of(out, out_grad, log_total)
+        zeros = jnp.zeros(queries.q.shape, jnp.float32)
+        keys = self.keys(k, v, segments)
+        q_grad, sums = self.kernel.backward(zeros, queries, keys, rows, *self.work())
+        whole = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in sums)
+        k_grad, v_grad = (
+            jax.lax.psum_scatter(x, self.axis, scatter_dimension=1, tiled=True) for x in whole
+        )
+        return heads_last(q_grad).astype(q.dtype), k_grad, v_grad
 
     def keys(self, k: Array, v: Array, segments: Array | None) -> KeyBlock:
         """The keys of all devices, in the order of devices."""
@@ -145,42 +161,6 @@ class Gathered:
             lambda at: place(mine, at),
             lambda at: place(at // local, at % local),
         )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(gathered: Gathered, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    return _forward(gathered, q, k, v, segments)[0]
-
-
-def _forward(
-    gathered: Gathered, q: Array, k: Array, v: Array, segments: Array | None
-) -> tuple[Array, Any]:
-    queries = QueryBlock.of(q, segments, k.shape[2])
-    keys = gathered.keys(k, v, segments)
-    seen = gathered.kernel.forward(Softmax.of(queries.q), queries, keys, *gathered.work())
-    out, log_total = seen.result()
-    out = heads_last(out).astype(q.dtype)
-    out, log_total = checkpoint_name((out, log_total), ATTENTION)
-    return out, (q, k, v, segments, out, log_total)
-
-
-def _backward(gathered: Gathered, saved: Any, out_grad: Array) -> tuple[Any, ...]:
-    q, k, v, segments, out, log_total = saved
-    # Otherwise a compiler may merge this gather with the forward pass's and keep the keys of all
-    # devices in between.
-    k, v, segments = after(out_grad, (k, v, segments))
-    queries, rows = QueryBlock.of(q, segments, k.shape[2]), SavedRows.of(out, out_grad, log_total)
-    zeros = jnp.zeros(queries.q.shape, jnp.float32)
-    keys = gathered.keys(k, v, segments)
-    q_grad, sums = gathered.kernel.backward(zeros, queries, keys, rows, *gathered.work())
-    whole = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in sums)
-    k_grad, v_grad = (
-        jax.lax.psum_scatter(x, gathered.axis, scatter_dimension=1, tiled=True) for x in whole
-    )
-    return heads_last(q_grad).astype(q.dtype), k_grad, v_grad, None
-
-
-_attend.defvjp(_forward, _backward)
 
 
 def exchanged_attention(

@@ -51,7 +51,7 @@ from meshwright.sharding.logical import check_constraints
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.placement import check_random
 from meshwright.sharding.placer import Patterns, Placer, is_array, strong
-from meshwright.sharding.process_rows import put
+from meshwright.sharding.process_rows import copy_to
 from meshwright.sharding.rules import Rules, Table
 from meshwright.sharding.strategies import Strategy
 from meshwright.train.dialects import Dialect, Trainable, dialect_of
@@ -132,6 +132,7 @@ def plan(
 
 
 def _inputs(inputs: Any, batch: Any) -> Sequence[Any] | None:
+    """What a linen module is called with to look at it, arrays as shapes; None if nobody says."""
     if callable(inputs):
         found: list[Any] = []
 
@@ -252,7 +253,7 @@ class Plan:
     def _init(self, key: Any) -> ModelState:
         dialect, shardings = self.parts.dialect, self.shardings
         if dialect.make is not None:
-            return self._built(key)
+            return self._jitted_build(key)
         if dialect.values is None:
             raise ConfigError(
                 "cannot initialise the model",
@@ -260,16 +261,17 @@ class Plan:
                 fix="pass the class, or a function of a key; or restore a checkpoint",
             )
         params, rest = (
-            jax.tree.map(lambda x, to: put(strong(x), to), values, at)
+            jax.tree.map(lambda x, to: copy_to(strong(x), to), values, at)
             for values, at in zip(dialect.values, (shardings.params, shardings.rest), strict=True)
         )
         first = jax.jit(self._optimizer_state, out_shardings=shardings.opt_state)
         opt_state = first(params)
-        step, key = put(jnp.zeros((), jnp.int32), shardings.step), put(key, shardings.key)
+        step = copy_to(jnp.zeros((), jnp.int32), shardings.step)
+        key = copy_to(key, shardings.key)
         return ModelState(step, params, rest, opt_state, key)
 
     @functools.cached_property
-    def _built(self) -> Any:
+    def _jitted_build(self) -> Any:
         return jax.jit(self._build, out_shardings=self.shardings)
 
     def _build(self, key: Any) -> ModelState:
@@ -335,17 +337,22 @@ class Plan:
 
     @functools.cached_property
     def held(self) -> dict[str, Any]:
-        """Shardings by role, of the structure of what is trained and of the rest of the model."""
+        """Shardings by role: between steps, as the model reads arrays, as gradients are summed.
+
+        ``params``, ``used`` (by the loss), ``gradients`` and ``updated`` (by the optimizer) have
+        the structure of what is trained; ``rest`` and ``rest_used`` that of the model's other
+        arrays.
+        """
         params, rest = self.shapes.params, self.shapes.rest
-        used = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
-        count = len(jax.tree.leaves(params))
+        found = [NamedSharding(self.mesh, self.used_spec(decision)) for decision in self.decisions]
+        used, rest_used = jax.tree.unflatten(jax.tree.structure((params, rest)), found)
         return {
             "params": self.shardings.params,
-            "used": jax.tree.unflatten(jax.tree.structure(params), used[:count]),
+            "used": used,
             "gradients": self.gradients_at.shardings(params, self.mesh),
             "updated": self.updated_at.shardings(params, self.mesh),
             "rest": self.shardings.rest,
-            "rest_used": jax.tree.unflatten(jax.tree.structure(rest), used[count:]),
+            "rest_used": rest_used,
         }
 
     def used_spec(self, decision: Decision) -> PartitionSpec:
@@ -357,6 +364,7 @@ class Plan:
 
     @functools.cached_property
     def _checked(self) -> set[Any]:
+        """Programs, each with the shapes of a batch, that `_check` has traced."""
         return set()
 
     def _check(self, jitted: Any, state: ModelState, batch: Any) -> None:
@@ -388,7 +396,11 @@ class Plan:
             return report_of(self, topology, quick=quick)  # type: ignore[arg-type]
 
     def explain(self, html: str | Path | None = None) -> str:
-        """The decisions as a table of text; as a page, too, if ``html`` names a file."""
+        """The decisions as a table of text; as a page, too, if ``html`` names a file.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         from meshwright.train.plan_report import explained
 
         return explained(self, html)  # type: ignore[arg-type]
@@ -443,24 +455,17 @@ def _state_shapes(
     placer: Placer, model: Decisions, moments: Decisions, dialect: Dialect, opt_shapes: Any
 ) -> ModelState:
     """A state as ShapeDtypeStructs, each with its sharding."""
-    params, rest = dialect.shapes
     specs = [decision.spec for decision in model]
-    count = len(jax.tree.leaves(params))
+    params, rest = jax.tree.unflatten(jax.tree.structure(dialect.shapes), specs)
     whole = PartitionSpec()
-    layout = ModelState(
-        step=whole,
-        params=jax.tree.unflatten(jax.tree.structure(params), specs[:count]),
-        rest=jax.tree.unflatten(jax.tree.structure(rest), specs[count:]),
-        opt_state=moments.specs(opt_shapes),
-        key=whole,
-    )
+    layout = ModelState(whole, params, rest, moments.specs(opt_shapes), whole)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def placed(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(placer.mesh, spec))
 
-    return jax.tree.map(placed, ModelState(step, params, rest, opt_shapes, key), layout)
+    return jax.tree.map(placed, ModelState(step, *dialect.shapes, opt_shapes, key), layout)
 
 
 def _bytes(leaves: Sequence[Leaf]) -> int:
@@ -468,6 +473,8 @@ def _bytes(leaves: Sequence[Leaf]) -> int:
 
 
 def _microbatch(batch: Any, microbatches: int) -> Any:
+    """Shapes of one microbatch; of an array that does not divide, which the step refuses, whole."""
+
     def one(x: Any) -> Any:
         if not x.shape or x.shape[0] % microbatches:
             return x

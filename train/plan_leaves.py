@@ -4,7 +4,7 @@ A parameter's cast, gather and reduction carry its name as a scope (`meshwright.
 most collectives say themselves what they move. Compilers drop names when they combine or rewrite;
 then the array's shape decides: every parameter's shape on a device is known, in each of its
 layouts, and so are the batch and length of an activation. A shape that several parameters share
-names them all, which is true and short; guessing one would be neither.
+names them as `meshwright.sharding.leaf_names` does; guessing one would not be true.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
 from meshwright.sharding.chips import chip_of
+from meshwright.sharding.collectives import LeafOf
 from meshwright.sharding.decisions import axes_of
 from meshwright.sharding.errors import PlacementError
 from meshwright.sharding.hlo import Instruction, Shape
+from meshwright.sharding.leaf_names import either, sizes_of
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.slices import slices_of
 from meshwright.sharding.topology import Topology
@@ -31,7 +33,6 @@ __all__ = ["ACTIVATIONS", "check_leaves", "leaf_namer", "local_shape"]
 
 ACTIVATIONS = "activations"
 _SCOPE = re.compile(r"weight:([\w.]+)")
-_NAMED = 2
 
 
 def check_leaves(layout: Layout, topology: Topology) -> None:
@@ -84,7 +85,7 @@ def local_shape(shape: Sequence[int], spec: PartitionSpec, mesh: MeshSpec) -> tu
     return tuple(size // part for size, part in zip(shape, parts, strict=True))
 
 
-def leaf_namer(config: TrainConfig, layout: Layout) -> Callable[[Instruction, Shape], str]:
+def leaf_namer(config: TrainConfig, layout: Layout) -> LeafOf:
     """A function that names what an array of a collective is, for `collectives_of`.
 
     Args:
@@ -95,16 +96,14 @@ def leaf_namer(config: TrainConfig, layout: Layout) -> Callable[[Instruction, Sh
     tokens = {config.seq_len}
 
     def name(instruction: Instruction, shape: Shape) -> str:
-        dims = tuple(sorted(size for size in shape.dims if size != 1))
-        candidates = by_shape.get(dims, ())
+        candidates = by_shape.get(sizes_of(shape.dims), ())
         scoped = [found.replace(".", "/") for found in _SCOPE.findall(instruction.op_name)]
         scoped = list(dict.fromkeys(scoped))
         if len(scoped) == 1:
             return scoped[0]
         both = [path for path in scoped if path in candidates] or list(candidates or scoped)
         if both:
-            more = f" and {len(both) - _NAMED} more" if len(both) > _NAMED else ""
-            return " or ".join(both[:_NAMED]) + more
+            return either(both)
         if len(shape.dims) > 1 and tokens & set(shape.dims):
             return f"{ACTIVATIONS} {'×'.join(map(str, shape.dims))}"
         return ""
@@ -124,7 +123,7 @@ def _parameters_by_shape(layout: Layout) -> Mapping[tuple[int, ...], tuple[str, 
             shape = local_shape(leaf.shape, spec, layout.mesh)
             stacked = leaf.dims is not None and leaf.dims[:1] in (("layers",), ("dense_layers",))
             for one in (shape, shape[1:]) if stacked else (shape,):
-                key = tuple(sorted(size for size in one if size != 1))
+                key = sizes_of(one)
                 if key and leaf.path not in found[key]:
                     found[key].append(leaf.path)
     return {key: tuple(paths) for key, paths in found.items()}

@@ -3,7 +3,7 @@
 The report is `meshwright.analyze` of the plan's own step, told what only the plan knows: which
 leaf an array of a collective is. A weight's gather and gradient carry its name as a scope; where a
 compiler has dropped it, leaves are known by their shape on a device. A shape that several leaves
-share names two of them and how many more there are.
+share names them as `meshwright.sharding.leaf_names` does.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jax.sharding import PartitionSpec
 
 from meshwright.sharding.analysis import StepFacts, analyze
+from meshwright.sharding.collectives import LeafOf
 from meshwright.sharding.decisions import Decisions
-from meshwright.sharding.errors import RunError
 from meshwright.sharding.hlo import Instruction, Shape
-from meshwright.sharding.mesh import MeshSpec
+from meshwright.sharding.leaf_names import either, sizes_of
 from meshwright.sharding.planned import MemoryEstimate, PlanReport
 from meshwright.sharding.report import decision_json, decisions_table
 from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
+from meshwright.train.outfiles import write_text
 from meshwright.train.plan_leaves import local_shape
 from meshwright.train.weights import scope_of
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["explained", "report_of"]
 
-_NAMED = 2
 _SCOPE = re.compile(r"weight:[^/\s()]+")
 
 
@@ -80,7 +79,7 @@ def _told_apart(plan: Plan, memory: MemoryEstimate) -> MemoryEstimate:
     )
 
 
-def _namer(plan: Plan) -> Any:
+def _namer(plan: Plan) -> LeafOf:
     """Names arrays by the scope that a weight's gather and gradient carry, else by their shape."""
     by_scope: dict[str, str] = {}
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -88,23 +87,16 @@ def _namer(plan: Plan) -> Any:
         path, shape = decision.leaf.path, decision.leaf.shape
         by_scope |= {scope_of(path): path, scope_of(f"{path}/value"): path}
         held = (decision.spec, plan.used_spec(decision), PartitionSpec())
-        for local in {_sizes(local_shape(shape, spec, plan.spec)) for spec in held}:
+        for local in {sizes_of(local_shape(shape, spec, plan.spec)) for spec in held}:
             by_shape[local].append(path)
 
     def name(instruction: Instruction, shape: Shape) -> str:
+        sizes = sizes_of(shape.dims)
         scopes = dict.fromkeys(by_scope.get(one) for one in _SCOPE.findall(instruction.op_name))
-        found = [path for path in scopes if path] or by_shape.get(_sizes(shape.dims), [])
-        if not _sizes(shape.dims):
-            return ""
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return " or ".join(found[:_NAMED]) + more
+        found = [path for path in scopes if path] or by_shape.get(sizes, [])
+        return either(found) if sizes else ""
 
     return name
-
-
-def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of a shape in any order, ones left out."""
-    return tuple(sorted(size for size in shape if size != 1))
 
 
 def explained(plan: Plan, html: str | Path | None) -> str:
@@ -145,10 +137,5 @@ def _write_page(plan: Plan, path: Path) -> None:
     from meshwright.sharding.decisions_page import decisions_html
 
     title = f"A {plan.parts.dialect.name} model on {plan.spec}"
-    page = decisions_html(_tables(plan), title=title, mesh=MeshSpec(plan.spec.axes))
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"cannot write `{path}`", why=error.strerror or str(error), fix="use another file"
-        ) from error
+    page = decisions_html(_tables(plan), title=title, mesh=plan.spec)
+    write_text(path, page)

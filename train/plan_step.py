@@ -36,6 +36,8 @@ from meshwright.train.weights import scope_of
 
 __all__ = ["Accumulation", "ModelState", "StepParts", "kept"]
 
+_KEYS = ("key", "rng", "rngs")  # what a loss may call the RNG key that it takes
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -113,7 +115,13 @@ class StepParts:
     def step(
         self, held: Mapping[str, Any], state: ModelState, batch: Any
     ) -> tuple[ModelState, dict[str, Any]]:
-        """One optimizer step; see `meshwright.train.model_plan.Plan.step`."""
+        """One optimizer step; see `meshwright.train.model_plan.Plan.step`.
+
+        Args:
+            held: shardings by role; see `meshwright.train.model_plan.Plan.held`.
+            state: before the step.
+            batch: the rows of all microbatches.
+        """
         loss, grads, metrics, rest = self.gradients(held, state, batch)
         params = _put(state.params, held["updated"])
         # Those that look at the loss, as reduce_on_plateau does, find it.
@@ -135,6 +143,7 @@ class StepParts:
         """(loss, gradients in the layout of the update, metrics, what is not trained, after)."""
         key = jax.random.fold_in(state.key, state.step) if _takes_key(self.loss) else None
         if self.how.microbatches == 1:
+            # Nothing is accumulated: gradients go to where the update is at once.
             final = {**held, "gradients": held["updated"]}
             return self._one(final, state.params, state.rest, batch, key)
         if self.how.independent_rows:
@@ -191,8 +200,14 @@ class StepParts:
         Left to itself the partitioner may reshard activations to where weights are, which nobody
         asked for, and on meshes of three axes XLA then computed wrong numbers (a repeat between two
         matmuls; jax 0.10.2 and 0.12.0).
-        """
 
+        Args:
+            tree: arrays of the model, trained or not.
+            at: their shardings between steps.
+            used: as the model reads them.
+            reduced: of their gradients.
+            tables: which of them rows are looked up in; None for none.
+        """
         put = jax.lax.with_sharding_constraint
 
         def one(path: Any, x: Any, at: Any, used: Any, reduced: Any, is_table: bool) -> Any:
@@ -393,10 +408,8 @@ def kept(new: Any, old: Any, whose: str) -> Any:
 
 
 def _put(tree: Any, shardings: Any) -> Any:
+    """Each array constrained to its sharding."""
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings)
-
-
-_KEYS = ("key", "rng", "rngs")
 
 
 def _takes_key(loss: Callable[..., Any]) -> bool:

@@ -62,6 +62,7 @@ __all__ = [
     "SavedRows",
     "Softmax",
     "after",
+    "attend",
     "heads_first",
     "heads_last",
     "ring_attention",
@@ -316,12 +317,20 @@ class Ring:
     length: int
     kernel: ChunkKernel
 
+    @jax.named_scope("ring_attention")
     def forward(self, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Array]:
         """Output [B, T / parts, N, H] and log-sum-exp [B, K, N / K, T / parts], float32."""
-        with jax.named_scope("ring_attention"):
-            out, (*_, log_total) = _forward(self, q, k, v, segments)
-        return out, log_total
+        queries, keys = QueryBlock.of(q, segments, k.shape[2]), KeyBlock.of(k, v, segments)
+        softmax = Softmax.of(queries.q)
+        for number in range(self.parts):
+            ahead = self.hop(keys) if number < self.parts - 1 else keys
+            softmax = self.kernel.forward(softmax, queries, keys, *self.step(number))
+            # No hop may start before the work of the last step is done, or keys would pile up.
+            keys = after(softmax.total, ahead)
+        out, log_total = softmax.result()
+        return checkpoint_name((heads_last(out).astype(q.dtype), log_total), ATTENTION)
 
+    @jax.named_scope("ring_attention")
     def backward(self, saved: Any, out_grad: Array) -> tuple[Array, Array, Array]:
         """Gradients of queries, keys and values.
 
@@ -329,8 +338,25 @@ class Ring:
             saved: queries, keys, values, segments, and what `forward` returned.
             out_grad: of the output.
         """
-        with jax.named_scope("ring_attention"):
-            return _backward(self, saved, out_grad)[:3]
+        q, k, v, segments, out, log_total = saved
+        # Otherwise a compiler may merge this pass's hops with the forward pass's and keep what they
+        # brought.
+        own = after(out_grad, KeyBlock.of(k, v, segments))
+        queries = QueryBlock.of(q, segments, k.shape[2])
+        rows = SavedRows.of(out, out_grad, log_total)
+        q_grad, sums = jnp.zeros(queries.q.shape, jnp.float32), None
+        keys = self.hop(own) if self.parts > 1 else own
+        for number in (*range(1, self.parts), 0):
+            here = keys if number else own
+            ahead = self.hop(keys) if 0 < number < self.parts - 1 else keys
+            arrived = self.hop(sums) if sums else None
+            pairs, places = self.step(number)
+            q_grad, more = self.kernel.backward(q_grad, queries, here, rows, pairs, places)
+            sums = KeySums(arrived.k + more.k, arrived.v + more.v) if arrived else more
+            keys = after((q_grad, sums), ahead)
+        assert sums is not None
+        k_grad, v_grad = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in sums)
+        return heads_last(q_grad).astype(q.dtype), k_grad, v_grad
 
     def step(self, number: int) -> tuple[Any, tuple[Places, Places]]:
         """The chunk pairs and places of a step, by how many devices back its keys come from."""
@@ -392,51 +418,25 @@ def ring_attention(
     assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads, {k.shape[2]} key heads"
     tokens = chunk_length(layout, length, parts, chunk)
     ring = Ring(axis, parts, layout, length, ChunkKernel(tokens, causal, scale))
-    with jax.named_scope("ring_attention"):
-        return _attend(ring, q, k, v, segments)
+    return attend(ring, q, k, v, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    return _forward(ring, q, k, v, segments)[0]
+def attend(how: Any, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    """As `ring_attention`, by a `Ring` or by what has such a ``forward`` and ``backward``."""
+    return how.forward(q, k, v, segments)[0]
 
 
-def _forward(ring: Ring, q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Any]:
-    queries, keys = QueryBlock.of(q, segments, k.shape[2]), KeyBlock.of(k, v, segments)
-    softmax = Softmax.of(queries.q)
-    for number in range(ring.parts):
-        ahead = ring.hop(keys) if number < ring.parts - 1 else keys
-        softmax = ring.kernel.forward(softmax, queries, keys, *ring.step(number))
-        # No hop may start before the work of the last step is done, or keys would pile up.
-        keys = after(softmax.total, ahead)
-    out, log_total = softmax.result()
-    out, log_total = checkpoint_name((heads_last(out).astype(q.dtype), log_total), ATTENTION)
-    return out, (q, k, v, segments, out, log_total)
+def _attend_forward(how: Any, *inputs: Any) -> tuple[Array, Any]:
+    out, log_total = how.forward(*inputs)
+    return out, (*inputs, out, log_total)
 
 
-def _backward(ring: Ring, saved: Any, out_grad: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments, out, log_total = saved
-    # Otherwise a compiler may merge this pass's hops with the forward pass's and keep what they
-    # brought.
-    own = after(out_grad, KeyBlock.of(k, v, segments))
-    queries = QueryBlock.of(q, segments, k.shape[2])
-    rows = SavedRows.of(out, out_grad, log_total)
-    q_grad, sums = jnp.zeros(queries.q.shape, jnp.float32), None
-    keys = ring.hop(own) if ring.parts > 1 else own
-    for number in (*range(1, ring.parts), 0):
-        here = keys if number else own
-        ahead = ring.hop(keys) if 0 < number < ring.parts - 1 else keys
-        arrived = ring.hop(sums) if sums else None
-        pairs, places = ring.step(number)
-        q_grad, more = ring.kernel.backward(q_grad, queries, here, rows, pairs, places)
-        sums = KeySums(arrived.k + more.k, arrived.v + more.v) if arrived else more
-        keys = after((q_grad, sums), ahead)
-    assert sums is not None
-    k_grad, v_grad = (jnp.swapaxes(x, 1, 2).astype(k.dtype) for x in sums)
-    return heads_last(q_grad).astype(q.dtype), k_grad, v_grad, None
+def _attend_backward(how: Any, saved: Any, out_grad: Array) -> tuple[Any, ...]:
+    return (*how.backward(saved, out_grad), None)
 
 
-_attend.defvjp(_forward, _backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def heads_first(x: Array, key_heads: int) -> Array:
