@@ -177,6 +177,10 @@ def float32_logits(equation: str, x: Array, weights: Array) -> Array:
     Its gradients are computed in that dtype. Left to jax, the float32 gradient of the logits
     would make both matmuls of the backward pass float32 ones, several times slower on
     accelerators, and the gradient of the weights would cross the wire at twice the bytes.
+
+    Both gradients are made before either is read. Left to the compilers, that of the head's
+    weights, which nothing waits for, may come after the backward pass of all layers, and the logits
+    stay until then: an eighth of an 8B model's peak on v5p.
     """
     return _float32_logits(equation, x, weights)
 
@@ -195,10 +199,11 @@ def _float32_logits_backward(equation: str, kept: Any, grad: Array) -> tuple[Arr
     left, right = equation.split("->")[0].split(",")
     out = equation.split("->")[1]
     grad = grad.astype(x.dtype)
-    return (
+    both = (
         jnp.einsum(f"{out},{right}->{left}", grad, weights),
         jnp.einsum(f"{left},{out}->{right}", x, grad),
     )
+    return jax.lax.optimization_barrier(both)
 
 
 _float32_logits.defvjp(_float32_logits_forward, _float32_logits_backward)

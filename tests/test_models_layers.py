@@ -13,7 +13,7 @@ import pytest
 
 from meshwright.models.config import ModelConfig, named
 from meshwright.models.hooks import Hooks
-from meshwright.models.layers import Init, Mlp, Norm, draw_normal, residual_std
+from meshwright.models.layers import Init, Mlp, Norm, draw_normal, float32_logits, residual_std
 from meshwright.models.pure import functional
 
 TINY = dataclasses.replace(named("tiny"), layers=2, embed=32, mlp=64, heads=4, kv_heads=2)
@@ -126,3 +126,15 @@ def test_the_mlp_names_its_hidden_dim() -> None:
         hooks = Hooks(constrain=constrain)
         jax.eval_shape(lambda mlp=mlp, hooks=hooks: mlp(jnp.ones((1, 2, 32)), hooks, "length"))
     assert seen == [("batch", "length", "mlp")] * 2
+
+
+def test_gradients_of_logits_are_made_together() -> None:
+    # Else a compiler may put that of the weights off, and the logits stay in memory.
+    def loss(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(float32_logits("btd,dv->btv", x, weights))
+
+    x, weights = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+    program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)
+    (barrier,) = [eqn for eqn in program.eqns if eqn.primitive.name == "optimization_barrier"]
+    assert barrier.outvars == program.jaxpr.outvars
+    assert [made.aval.shape for made in barrier.invars] == [x.shape, weights.shape]

@@ -13,9 +13,8 @@ step's program, one sum a moment, of which the largest is the peak:
 ``update``    nothing but the gradients; new parameters and moments replace the old in place.
 
 On a GPU, reduce-scatters inside the layer loop are pipelined by the compiler, which takes the last
-layer's backward pass out of the loop. It is then scheduled among the matmuls of the loss, and the
-two moments become one: logits beside the recomputed scores of a layer, the gradients' arrays and
-the weights that are laid out anew for the loop.
+layer's backward pass out of the loop. What it does not have to wait for then comes early, beside
+the logits: the gradients' arrays and the weights that are laid out anew for the loop.
 
 Outputs alias the donated state, so they are not counted twice. Which temporaries a compiler
 keeps at once is its schedule's business and the part of this model that can be wrong; each count
@@ -51,7 +50,6 @@ _REWRITTEN_MARGIN = 0.25
 COUNTER_BYTES = 4 * 4 + 8
 """Of a train state besides parameters and optimizer: four scalars and the key."""
 
-_IN_ORDER = ("a100",)  # XLA's schedules for Hopper and later run more ahead than those for Ampere
 # Between the regions of tensor parallelism: gathered inputs, their gradients and outputs that wait
 # for their scatter, in units of a whole activation; as H100's and v5e's compilers have it.
 _WHOLE_ROWS = 5
@@ -97,7 +95,6 @@ class _Sizes(NamedTuple):
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
     whole_rows: float = 0.0  # what is gathered of a stream that is split, and not yet scattered
-    ahead: bool = True  # a layer taken out of the loop is scheduled among what comes before it
 
 
 def state_of(placement: Placement, itemsize: int) -> StateBytes:
@@ -145,8 +142,7 @@ def memory_of(
     """
     state = state_of(placement, itemsize)
     kind, limit_bytes = (chip.kind, chip.limit_bytes) if chip else ("tpu", None)
-    ahead = chip is not None and chip.name not in _IN_ORDER
-    sizes = _sizes(placement, itemsize, fused_attention, kind)._replace(ahead=ahead)
+    sizes = _sizes(placement, itemsize, fused_attention, kind)
     moments = {
         "loss": _loss(placement, sizes, itemsize, fused_attention, kind),
         "backward": _backward(placement, sizes, itemsize, fused_attention, kind),
@@ -268,10 +264,6 @@ def _loss(
     found["window"] = sizes.layer + 4 * sizes.stream + sizes.whole_rows
     if not fused and placement.config.model.remat == "none":
         found["scores"] = _hole(placement, sizes)
-    elif not fused and sizes.ahead and placement.split("vocab") == 1:
-        # In float32 and, after the softmax, in the compute dtype. A split vocabulary's loss waits
-        # for all-reduces, and the layer comes after it.
-        found["scores"] = sizes.scores * (4 + itemsize)
     return found
 
 
@@ -291,9 +283,8 @@ def _backward(
         found["head's gradient"] = sizes.head_gradient
         found["cast weights"] = sizes.casts
     else:
-        if sizes.peels or not model.tied:
-            # The head's weight gradient is put off, so the gradient of the logits stays.
-            found["logits' gradient"] = sizes.logits * itemsize
+        # Made before the layers' backward pass, and reduced after it.
+        found["head's gradient"] = sizes.table
         if sizes.gathers:
             # Masters whose split dim is their last are laid out anew before the gathers.
             found["transposed weights"] = _last_dim_masters(placement)

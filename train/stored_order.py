@@ -43,7 +43,7 @@ def in_stored_order(arrays: Any, shardings: Any) -> Any:
     """
 
     def one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        device = sharding.mesh.devices.flat[0]
+        device = next(iter(sharding.device_set))
         order = stored_order(device, x.dtype, sharding.shard_shape(x.shape))
         if order == tuple(range(x.ndim)):
             return x
