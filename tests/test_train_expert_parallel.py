@@ -101,3 +101,22 @@ def test_the_closed_form_says_what_crosses_the_axis(capacity: float | None, rema
     sent = sum(found.wire_bytes for found in moves(run))
     bound = lower_bounds(run, mesh, choose_rules(run, mesh), F32)["expert"]
     assert sent == pytest.approx(bound, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("axes", "capacity", "remat"),
+    [("context=4", 1.0, "full"), ("expert=2,context=4", 1.0, "none"), ("context=4", None, "full")],
+)
+def test_the_closed_form_says_what_rows_in_parts_cost(
+    axes: str, capacity: float | None, remat: str
+) -> None:
+    """Every kind over every axis in either pass, to what losses and norms send."""
+    run, mesh = run_of(axes, capacity=capacity, remat=remat), MeshSpec.parse(axes)
+    placed = place(run, mesh, choose_rules(run, mesh))
+    off: Counter[tuple[str, ...]] = Counter()
+    for sign, found in ((1, moves(run)), (-1, expected_collectives(placed, F32))):
+        for one in found:
+            off[one.kind, one.phase, *one.axes] += sign * one.wire_bytes
+    assert {key: error for key, error in off.items() if abs(error) > SCALAR / 2} == {}
+    names = {one.leaf for one in expected_collectives(placed, F32)}
+    assert "sums over rows" in names and ("rows for experts" in names) == (capacity is not None)

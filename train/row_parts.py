@@ -10,28 +10,30 @@ buffer each lies.
 **Buffers** (`RowSplit`). An expert takes the first C tokens of the *row* that chose it, and those
 may all be on one device of c, or dealt evenly. Programs have fixed shapes, so a device that kept
 its own tokens would need room for min(C, T/c) of them for each expert: up to c times what it will
-use, in memory and in matmuls, and c-1 parts of it for nothing, exactly where c devices should work
-c times less. So the places are dealt and not the tokens: device i has places i·C/c … (i+1)·C/c - 1
-of every expert, C rounded up to a multiple of c, and the tokens come to it. Which token a place
-holds is found as on one device, from the choices of the whole row in its order, whatever the order
-its tokens are stored in. Then, of A bytes of activations on a device:
+use, in memory and in matmuls, where c devices should do 1/c of the work each. So the places are
+dealt and not the tokens: device i has places i·C/c … (i+1)·C/c - 1 of every expert, C rounded up
+to a multiple of c, and the tokens come to it. Which token a place holds is found as on one device,
+from the choices of the whole row in its order, whatever the order its tokens are stored in. With A
+bytes of activations on a device and an element of β bytes, a layer and microbatch:
 
-===========================  ============================  =========================================
-what                         sent, a layer and microbatch  held
-===========================  ============================  =========================================
-choices, gathered            2·(c-1)·4·k bytes a token     4·k bytes a token of the whole rows
-tokens, gathered             2·(c-1)·A                     cA, while the buffer is filled
-sums of tokens, scattered    2·(c-1)·A                     cA, likewise
-gates, and their gradients   (c-1)·(β+4)·k bytes a token   1/c of what it is without the axis
-buffers and hidden layer                                   φ·k·A each, 1/c of those of whole rows
-===========================  ============================  =========================================
+=========================  ==================================  ==============================
+what                       bytes sent, there and back          bytes held
+=========================  ==================================  ==============================
+choices, gathered          (c-1)·4·k a token; dealt: twice     8·k a token of the whole rows
+tokens, gathered           (c-1)·A forward, again backward     c·A, while the places are filled
+sums of tokens, scattered  (c-1)·A forward, again backward     c·A, likewise
+gates, gathered            (c-1)·β·k a token                   1 in each place
+their gradients            (c-1)·4·k a token (undealt: β)      1 in each place
+places                     none here                           φ·k·A, 1/c of whole rows'
+=========================  ==================================  ==============================
 
-once each way; where the layer is recomputed, choices, tokens and gates are gathered once more.
-Matmuls are 1/c of those of whole rows, and so is what then goes on to experts on other devices.
+Where the layer is recomputed, choices, tokens and gates are gathered once more. Matmuls are 1/c of
+those of whole rows, and so is what goes on to experts on other devices from there.
 
-Rejected: buffers reduced over the axis into place, which sends φ·k times as much; and sending each
-token to the c devices' places by an all-to-all, where any device may send to any place and room
-for that is c times the buffer. Without a capacity nothing is asked but the sums.
+Rejected: buffers summed into place by a reduce-scatter, which sends φ·k times as much; and an
+all-to-all from tokens to places, where any device may fill any place, so that there must be room
+for c times what arrives. Tokens that stay, with their choices alone gathered and grouped matmuls of
+any length, would send least, but there are kernels for those on few backends. Without a capacity nothing is asked but the sums.
 
 Shape suffixes: B rows, T length of a row, c parts of it, t = T/c, D embed, E experts, k choices of
 a token, C capacity.
