@@ -33,7 +33,8 @@ those of whole rows, and so is what goes on to experts on other devices from the
 Rejected: buffers summed into place by a reduce-scatter, which sends φ·k times as much; and an
 all-to-all from tokens to places, where any device may fill any place, so that there must be room
 for c times what arrives. Tokens that stay, with their choices alone gathered and grouped matmuls of
-any length, would send least, but there are kernels for those on few backends. Without a capacity nothing is asked but the sums.
+any length, would send least, but there are kernels for those on few backends. Without a capacity
+nothing is asked but the sums.
 
 Shape suffixes: B rows, T length of a row, c parts of it, t = T/c, D embed, E experts, k choices of
 a token, C capacity.
