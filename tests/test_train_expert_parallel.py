@@ -15,7 +15,7 @@ import pytest
 from test_train_parity import config
 
 from meshwright.models.config import ExpertConfig, named
-from meshwright.sharding.bounds import expert_layer_bytes
+from meshwright.sharding.bounds import expert_layer_bytes, expert_rows_bytes
 from meshwright.sharding.collectives import collectives_of
 from meshwright.sharding.hlo import parse_module
 from meshwright.sharding.mesh import MeshSpec
@@ -91,6 +91,28 @@ def test_tokens_are_sent_as_often_as_the_bound_says(remat: Any) -> None:
         capacity_factor=1.25,
     )
     assert sent == pytest.approx(bound * (1 if remat == "none" else 5 / 4), rel=1e-3)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("axes", ["context=4", "expert=8,context=4"])
+def test_whole_rows_are_sent_as_often_as_the_bound_says(axes: str, remat: Any) -> None:
+    """And to experts on other devices no more than of rows that are whole."""
+    model = named("mixtral-8x7b")
+    model = replace(model, remat=remat, experts=replace(model.experts, capacity_factor=1.25))
+    run = replace(config(), model=model, batch_size=16, seq_len=4096)
+    found: Counter[str] = Counter()
+    mesh = MeshSpec.parse(axes)
+    placement = place(run, mesh, choose_rules(run, mesh))
+    for one in expected_collectives(placement, 2):
+        if one.leaf in ("rows for experts", "sums of experts", "tokens of experts"):
+            found[one.axes[0]] += one.wire_bytes
+    stream = placement.tokens * model.embed * 2
+    bound = model.layers * expert_rows_bytes(stream, 4, recompute=remat == "full")
+    assert found["context"] == pytest.approx(bound)
+    how = {"experts_per_token": 2, "width": model.embed, "itemsize": 2, "capacity_factor": 1.25}
+    parts = mesh.sizes.get("expert", 1)
+    dealt = model.layers * expert_layer_bytes(placement.tokens, parts, **how)
+    assert found["expert"] == pytest.approx(dealt)
 
 
 @pytest.mark.parametrize(("capacity", "remat"), [(1.0, "full"), (None, "none")])
