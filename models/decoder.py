@@ -23,9 +23,10 @@ from jax import Array
 
 from meshwright.models.attention import Attention, Cache, Shared, rotation
 from meshwright.models.config import ExpertConfig, ModelConfig
-from meshwright.models.experts import Experts, ExpertSums
+from meshwright.models.experts import Experts
 from meshwright.models.hooks import Hooks, LayerBody, scan_layers, take_rows
 from meshwright.models.layers import Init, Mlp, Norm, float32_logits
+from meshwright.models.routing import ExpertSums
 from meshwright.sharding.errors import ConfigError
 
 __all__ = ["Block", "Decoder"]

@@ -1,4 +1,4 @@
-"""A mixture of experts in place of the MLP: router, losses that even the load, dispatch.
+"""A mixture of experts in place of the MLP: the layer, and how tokens get to experts and back.
 
 Each token is scored by a router and goes to its `top_k` best experts, whose outputs are summed,
 weighted by their scores (Shazeer et al. 2017). Parameters grow with the number of experts, work
@@ -20,20 +20,8 @@ a scatter-add, but the inverse of the permutation is known here, so the backward
 too, which is faster and adds in one order. The alternative, one-hot matmuls as in GShard, costs
 as much as the experts themselves once there are many.
 
-**By row.** Loads, losses and capacities are those of one row of the batch, never of "the batch":
-rows are what is dealt to devices and microbatches, so results that are sums over rows do not
-depend on how they are dealt, and need no communication. The balancing loss is thus the
-sequence-wise one of DeepSeek-V2 (2024, section 2.2.3), stricter than one over a whole batch: it
-asks for balance within each row. Loads over the whole batch would have to be summed over devices
-and microbatches before the product that the loss is, a second forward pass. `balance="bias"` has
-no such limit: its gradient is linear in the loads, so summing gradients sums loads.
-
-**Bias** (Wang et al. 2024, loss-free balancing): a number an expert, added to the scores for the
-choice alone. What evens the load is an update against the overload, outside of the gradient. Here
-it is the gradient of a loss whose value is always 0, ``sum_e (b_e - stop(b_e)) * (f_e - 1)``,
-where f is the load over the mean load: so it is reduced, accumulated and saved like any other, and
-any optimizer moves the bias against the overload. Adam and Lion do so by about their learning
-rate a step, as the paper's sign does by a rate of its own.
+**Row by row** tokens are taken, and the load is evened: see `meshwright.models.routing`, which is
+the router's side.
 
 Shape suffixes: B rows, T length, D embed, E experts, k choices of a token, C capacity, M width of
 an expert, S rows sorted by expert, or slots of the experts.
@@ -44,7 +32,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -52,118 +39,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from meshwright.models.config import ExpertConfig, ModelConfig
+from meshwright.models.config import ModelConfig
 from meshwright.models.hooks import Hooks
 from meshwright.models.layers import Init, Mlp, float32_logits, residual_std
+from meshwright.models.routing import ExpertSums, hits_of, report, route
 
 __all__ = [
-    "ExpertSums",
     "Experts",
-    "Routing",
     "activate",
     "apply_experts",
     "collect_rows",
-    "expert_loss",
     "expert_slots",
     "grouped_matmul",
-    "hits_of",
-    "load_imbalance",
-    "load_of",
-    "route",
     "spread_rows",
 ]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ExpertSums:
-    """What the layers of experts report, summed while a batch flows through them.
-
-    All are sums over layers or have a dim for them, so that the report of several microbatches
-    or devices is the sum, or concatenation, of theirs.
-
-    Attributes:
-        loss: what the training loss must add for each row, per token: float32 [B].
-        balance: the balancing loss of each row, unweighted, summed over layers: float32 [B]. As
-            many as there are layers of experts where the load is even.
-        z: the router's z-loss of each row, unweighted, summed over layers: float32 [B].
-        load: choices that went to each expert, dropped ones included, over all rows:
-            int32 [layers of experts, E].
-        dropped: choices that found no room, over all rows: int32 [layers of experts].
-        layer: the layer that reports next, int32 scalar.
-    """
-
-    loss: Array
-    balance: Array
-    z: Array
-    load: Array
-    dropped: Array
-    layer: Array
-
-    @classmethod
-    def zeros(cls, config: ModelConfig, rows: int) -> ExpertSums:
-        """What no layer has added to yet, for a batch of ``rows``."""
-        layers, row = config.expert_layers, jnp.zeros((rows,), jnp.float32)
-        load = jnp.zeros((layers, config.experts.count), jnp.int32)
-        start = jnp.zeros((), jnp.int32)
-        return cls(row, row, row, load, jnp.zeros((layers,), jnp.int32), start)
-
-    def plus(
-        self, loss: Array, balance: Array, z: Array, load: Array, dropped: Array
-    ) -> ExpertSums:
-        """Add what one layer reports: loss, balance, z [B], load [E] and dropped, a scalar."""
-        return ExpertSums(
-            loss=self.loss + loss,
-            balance=self.balance + balance,
-            z=self.z + z,
-            load=jax.lax.dynamic_update_index_in_dim(self.load, load, self.layer, 0),
-            dropped=jax.lax.dynamic_update_index_in_dim(self.dropped, dropped, self.layer, 0),
-            layer=self.layer + 1,
-        )
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where the tokens go.
-
-    Attributes:
-        ids: the experts of each token, best first, int32 [B, T, k].
-        weights: of their outputs, float32 [B, T, k].
-        shares: the router's scores as shares of 1, float32 [B, T, E].
-    """
-
-    ids: Array
-    weights: Array
-    shares: Array
-
-
-def expert_loss(sums: ExpertSums, weights: Array) -> Array:
-    """What a training loss that is summed over tokens must add; a float32 scalar.
-
-    Args:
-        sums: of the layers.
-        weights: of the tokens in the loss, float32 [B, T].
-    """
-    return jnp.sum(sums.loss * jnp.sum(weights, axis=1))
-
-
-def load_of(sums: ExpertSums) -> dict[str, Array]:
-    """What of the sums is no loss: ``load`` and ``dropped``."""
-    return {"load": sums.load, "dropped": sums.dropped}
-
-
-def load_imbalance(load: Array) -> Array:
-    """The load of the busiest expert over the mean, in the worst layer; 1 is even.
-
-    Args:
-        load: of `ExpertSums`, [layers, E], summed over all that shall count together.
-
-    >>> float(load_imbalance(jnp.array([[2, 2, 2, 2], [6, 2, 0, 0]])))
-    3.0
-    """
-    load = load.astype(jnp.float32)
-    mean = jnp.maximum(jnp.mean(load, axis=1), 1e-9)
-    return jnp.max(jnp.max(load, axis=1) / mean)
 
 
 class Experts(nnx.Module):
@@ -196,7 +85,7 @@ class Experts(nnx.Module):
 
         Args:
             x: activations.
-            hooks: ``constrain`` and ``experts`` are used.
+            hooks: ``constrain``, ``experts`` and ``rows`` are used.
             length: names the second dim.
             sums: of the layers before. None in generation: nothing is reported, and nothing
                 dropped, as what is dropped would depend on how many tokens are read at a time.
@@ -208,7 +97,8 @@ class Experts(nnx.Module):
         logits = float32_logits("btd,de->bte", x, self.router[...])
         logits = hooks.constrain(logits, ("batch", length, None))
         routing = route(self.settings, logits, bias)
-        capacity = None if sums is None else self.settings.capacity(x.shape[1])
+        length_of_row = x.shape[1] * hooks.rows.parts
+        capacity = None if sums is None else self.settings.capacity(length_of_row)
         weights = {"w_up": self.w_up[...], "w_down": self.w_down[...]}
         if self.w_gate is not None:
             weights["w_gate"] = self.w_gate[...]
@@ -217,93 +107,8 @@ class Experts(nnx.Module):
         if self.shared is not None:
             y += self.shared(x, hooks, length)
         if sums is not None:
-            sums = sums.plus(*_report(self.settings, logits, routing, bias, capacity))
+            sums = sums.plus(*report(self.settings, logits, routing, bias, hooks.rows))
         return y, sums
-
-
-def route(settings: ExpertConfig, logits: Array, bias: Array | None = None) -> Routing:
-    """Choose each token's experts, and weigh them.
-
-    Args:
-        settings: scoring, number of choices, normalisation.
-        logits: of the router, float32 [B, T, E].
-        bias: added to the scores for the choice alone, [E].
-
-    Scores are the softmax of the logits, or their sigmoid (DeepSeek-V3 2024, section 2.1.2). The
-    best are chosen first and normalised then: for a softmax that is the softmax over the chosen
-    logits (Jiang et al. 2024, Mixtral). All of it works on the logarithms of scores, where
-    dividing by a sum is a softmax, and where small sigmoids neither vanish nor tie.
-    """
-    softmax = settings.scoring == "softmax"
-    log_scores = (jax.nn.log_softmax if softmax else jax.nn.log_sigmoid)(logits)
-    ranked = jax.lax.stop_gradient(log_scores)
-    if bias is not None:
-        ranked = jnp.exp(ranked) + jax.lax.stop_gradient(bias).astype(jnp.float32)[None, None]
-    ids = _best(ranked, settings.top_k)
-    chosen = _pick(log_scores, ids)
-    return Routing(
-        ids=ids,
-        weights=jax.nn.softmax(chosen, axis=-1) if settings.normalise else jnp.exp(chosen),
-        shares=jax.nn.softmax(log_scores, axis=-1),
-    )
-
-
-def _best(scores: Array, choices: int) -> Array:
-    """Places of the highest scores, the highest first and the first of equals: int32 [..., k].
-
-    As `jax.lax.top_k`, whose operand compilers gather whole where its rows are split over devices.
-    """
-    found = []
-    for _ in range(choices):
-        found.append(jnp.argmax(scores, axis=-1))
-        scores = jnp.where(hits_of(found[-1], scores.shape[-1]), -jnp.inf, scores)
-    return jnp.stack(found, axis=-1)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _pick(scores: Array, ids: Array) -> Array:
-    """``scores`` [B, T, E] at ``ids`` [B, T, k].
-
-    By comparison with every expert, as a gather's transpose is a slow scatter; recomputed, as the
-    backward pass would otherwise keep the comparisons, [B, T, k, E].
-    """
-    return jnp.sum(jnp.where(hits_of(ids, scores.shape[-1]), scores[:, :, None], 0.0), axis=-1)
-
-
-def hits_of(ids: Array, count: int) -> Array:
-    """Whether each choice is each expert: bool [..., E]."""
-    return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, (*ids.shape, count), ids.ndim)
-
-
-def _report(
-    settings: ExpertConfig,
-    logits: Array,
-    routing: Routing,
-    bias: Array | None,
-    capacity: int | None,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """What one layer adds to `ExpertSums`.
-
-    With f the load of an expert over the mean load and P its mean share, both in one row:
-
-    - balance: ``sum_e f_e * P_e``, 1 where either is even (Fedus et al. 2022, eq. 4, for one
-      choice; by row and for several: DeepSeek-V2 2024, section 2.2.3);
-    - z: the mean of ``logsumexp(logits)²`` (Zoph et al. 2022, ST-MoE, eq. 5).
-    """
-    count, length = settings.count, logits.shape[1]
-    counts = jnp.sum(hits_of(routing.ids, count), axis=(1, 2), dtype=jnp.int32)
-    load = counts.astype(jnp.float32) * (count / (length * settings.top_k))
-    balance = jnp.sum(load * jnp.mean(routing.shares, axis=1), axis=-1)
-    z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), axis=-1)
-    loss = settings.z_weight * z
-    if settings.balance == "loss":
-        loss += settings.balance_weight * balance
-    elif bias is not None:
-        bias = bias.astype(jnp.float32)
-        zero = (bias - jax.lax.stop_gradient(bias))[None]
-        loss += settings.balance_weight * jnp.sum(zero * (load - 1), axis=-1)
-    kept = counts if capacity is None else jnp.minimum(counts, capacity)
-    return loss, balance, z, jnp.sum(counts, axis=0), jnp.sum(counts - kept)
 
 
 def apply_experts(

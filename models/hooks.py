@@ -8,6 +8,7 @@ to the model, though, and nowhere else, so it calls a function there:
 - ``attention`` for the one operation that mixes positions, so that a ring or a kernel of
   another library can take its place;
 - ``experts`` for the one that moves tokens, so that an exchange between devices can;
+- ``rows`` for what is of whole rows, where a call may see parts of them only;
 - ``run_layers`` for the stack of layers, so that the caller may gather, cast or pipeline
   each layer's parameters inside the recomputed region.
 
@@ -32,10 +33,12 @@ __all__ = [
     "ATTENTION",
     "Hooks",
     "LayerBody",
+    "RowParts",
     "constrain_nothing",
     "cudnn_serves",
     "dot_product",
     "keep_scored",
+    "keep_whole",
     "project_all",
     "rematerialise",
     "reshard_nothing",
@@ -224,6 +227,28 @@ def scan_layers(body: LayerBody, stacked: Any, x: Any, remat: Remat) -> Any:
     return jax.lax.scan(step, x, stacked)[0]
 
 
+def keep_whole(x: Any) -> Any:
+    """Sums over the parts of a row that is one part."""
+    return x
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """Rows whose length may be split: what a call knows of the other parts of its rows.
+
+    Attributes:
+        parts: equally long parts of a row; the call sees one of each row.
+        total: a pytree of float32 or int32 arrays [B] or [B, N] → their sums over the parts, the
+            same on all, differentiable. Integers are exact up to 2²⁴.
+        once: an integer array that is the same on all parts → it on the first, zeros on the others,
+            so that a sum over parts counts it once.
+    """
+
+    parts: int = 1
+    total: Callable[[Any], Any] = keep_whole
+    once: Callable[[Array], Array] = keep_whole
+
+
 @dataclass(frozen=True)
 class Hooks:
     """The functions a model calls where parallelism may step in.
@@ -240,7 +265,8 @@ class Hooks:
         run_layers: as `scan_layers`. Only ``body`` touches the parameters of a layer. The first,
             dense layers of a model with experts do not come this way.
         experts: as `meshwright.models.experts.apply_experts`, which None stands for.
-        collect: (what ``score`` returned, the `meshwright.models.experts.ExpertSums` of all
+        rows: the other parts of rows whose length is split.
+        collect: (what ``score`` returned, the `meshwright.models.routing.ExpertSums` of all
             layers) → what the model returns, as `keep_scored`. Called by models with experts only.
     """
 
@@ -251,4 +277,5 @@ class Hooks:
     score: Callable[[Array, Callable[[Array], Array]], Any] = project_all
     run_layers: Callable[[LayerBody, Any, Any, Remat], Any] = scan_layers
     experts: Callable[..., Array] | None = None
+    rows: RowParts = RowParts()
     collect: Callable[[Any, Any], Any] = keep_scored

@@ -6,7 +6,7 @@ weights; the docstrings give it, and the rounded figures that the makers publish
 parameters a token meets among them.
 
 Where the makers balance loads over a whole batch, this project does so over each row: see
-`meshwright.models.experts`.
+`meshwright.models.routing`.
 """
 
 from __future__ import annotations

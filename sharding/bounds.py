@@ -42,6 +42,7 @@ __all__ = [
     "causal_imbalance",
     "data_bytes",
     "expert_layer_bytes",
+    "expert_rows_bytes",
     "fsdp_bytes",
     "gathered_context_bytes",
     "hybrid_bytes",
@@ -360,6 +361,20 @@ def expert_layer_bytes(
     """
     sent = tokens * experts_per_token * capacity_factor * width * itemsize
     return (6 if recompute else 4) * ring_fraction(n) * sent
+
+
+def expert_rows_bytes(activation_bytes: float, n: int, *, recompute: bool = False) -> float:
+    """One layer of experts that take whole rows, of which n devices have parts: 4(n-1)A.
+
+    Tokens are gathered to the devices whose places in the experts' buffers they fill, and sums of
+    them scattered, forward and backward; recomputing the layer gathers once more.
+
+    Args:
+        activation_bytes: A of a device.
+        n: context-parallel parts.
+        recompute: whether the backward pass runs the layer again.
+    """
+    return (5 if recompute else 4) * (n - 1) * activation_bytes
 
 
 def stage_bytes(

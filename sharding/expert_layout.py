@@ -10,7 +10,7 @@ from typing import Literal
 
 from meshwright.sharding.errors import PlacementError
 
-__all__ = ["DroplessWay", "check_experts", "dropless_way"]
+__all__ = ["DroplessWay", "check_experts", "dropless_way", "places_of_part"]
 
 DroplessWay = Literal["gather", "ragged"]
 """How tokens travel where none may be dropped."""
@@ -56,3 +56,16 @@ def dropless_way(count: int, choices: int, parts: int) -> DroplessWay:
     """
     stays_away = math.comb(count - count // parts, choices) / math.comb(count, choices)
     return "ragged" if stays_away > 0.25 else "gather"
+
+
+def places_of_part(capacity: int, parts: int) -> int:
+    """Places of an expert's buffer on each device of an axis that splits the length of rows.
+
+    Args:
+        capacity: places for a whole row.
+        parts: devices of the axis.
+
+    >>> places_of_part(10, 4)
+    3
+    """
+    return -(-capacity // parts)

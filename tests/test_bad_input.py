@@ -154,7 +154,6 @@ def test_flags_meshes_and_devices(runs: Runs, words: str, message: str) -> None:
         ),
         ("--mesh fsdp=8 --context.kind ulysses", "context.kind=ulysses\n.*\n.*there is none"),
         ("--mesh fsdp=8 --sequence", "sequence=True\n.*\n.*tensor axis, and there is none"),
-        ("--mesh fsdp=4,context=2 --model tiny-moe", "row by row"),
         # Stages, and what they are filled with.
         ("--mesh stage=4,data=2 --grad-accum 2", "4 stages with 2 .*\n.*\n.*\n.*--grad-accum 4 or"),
         (

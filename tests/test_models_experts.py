@@ -16,18 +16,11 @@ import pytest
 from flax import nnx
 
 from meshwright.models.config import ExpertConfig, ModelConfig, named
-from meshwright.models.experts import (
-    Experts,
-    ExpertSums,
-    apply_experts,
-    expert_loss,
-    grouped_matmul,
-    load_imbalance,
-    route,
-)
+from meshwright.models.experts import Experts, apply_experts, grouped_matmul
 from meshwright.models.hooks import Hooks
 from meshwright.models.layers import Init
 from meshwright.models.pure import functional
+from meshwright.models.routing import ExpertSums, expert_loss, load_imbalance, route
 
 ROWS, LENGTH, EMBED, MLP, COUNT = 3, 10, 8, 6, 4
 SMALL = dataclasses.replace(

@@ -128,6 +128,8 @@ def test_experts() -> None:
     kwargs = {"experts_per_token": 2, "width": 16, "itemsize": 2.0}
     assert bounds.expert_layer_bytes(10, 4, **kwargs) == 4 * 0.75 * 10 * 2 * 16 * 2
     assert bounds.expert_layer_bytes(10, 4, **kwargs, recompute=True) == pytest.approx(1440 * 2)
+    assert bounds.expert_rows_bytes(100, 4) == 1200
+    assert bounds.expert_rows_bytes(100, 4, recompute=True) == 1500
 
 
 @given(stages=st.integers(2, 8), m=st.integers(1, 8), chunks=st.integers(1, 4))

@@ -157,8 +157,18 @@ def test_undealt_mixtures_on_three_axes(composition: Composition) -> None:
     check(composition, experts())
 
 
+SPLIT = [one for one in mixtures(1) if "context" in one.case.mesh]
+"""Those whose rows are split along their length, alone."""
+
+
+def test_dealt_mixtures_beside_rows_in_parts_and_replicas() -> None:
+    """The devices that have the experts, those that have the length, and replicas of both."""
+    case = Case("data=2,expert=2,context=2", order="contiguous", remat="full", grad_accum=2)
+    check(Composition(("data", "expert", "context-ring"), case), experts())
+
+
 @pytest.mark.every_composition
-@pytest.mark.parametrize("composition", [*dealt(1), *dealt(2)], ids=str)
+@pytest.mark.parametrize("composition", [*dealt(1), *dealt(2), *SPLIT], ids=str)
 def test_mixtures_that_drop_nothing(composition: Composition) -> None:
     check(composition, dropless())
 

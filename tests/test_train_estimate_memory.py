@@ -103,3 +103,27 @@ def test_a_program_that_a_gpus_compiler_rewrites_is_judged_more_carefully() -> N
         assert careful.peak_bytes == pytest.approx((1 + margin) * bare)
         assert careful.fits == (margin == MARGIN)
         assert memory_of(placement, **how, chip=chip, margin=0.0).peak_bytes == bare
+
+
+@pytest.mark.parametrize(("capacity", "parts"), [(1.25, 4), (1.25, 8), (None, 8)])
+def test_places_dealt_over_the_parts_of_a_row_hold_whole_rows(
+    capacity: float | None, parts: int
+) -> None:
+    """Two of them, beside what the same tokens of rows that are whole need."""
+    model = named("mixtral-8x7b")
+    experts = replace(model.experts, capacity_factor=capacity)
+    chip, peaks = CHIPS["v5p"], []
+    for mesh, rows in ((f"fsdp=64,data={parts}", parts), (f"fsdp=64,context={parts}", 1)):
+        config = TrainConfig(
+            replace(model, remat="full", experts=experts),
+            mesh=mesh,
+            batch_size=64 * rows,
+            seq_len=32768 // rows,
+        )
+        spec = MeshSpec.parse(mesh)
+        placed = place(config, spec, choose_rules(config, spec))
+        how = {"itemsize": 2, "fused_attention": True, "chip": chip, "margin": 0.0}
+        peaks.append(memory_of(placed, **how).peak_bytes or 0)
+    stream = 32768 // parts * model.embed * 2
+    whole = 2 * parts * stream if capacity else 0
+    assert peaks[1] - peaks[0] == pytest.approx(whole, abs=stream / 50)

@@ -15,7 +15,7 @@ import pytest
 from test_train_parity import config
 
 from meshwright.models.config import ExpertConfig, named
-from meshwright.sharding.bounds import expert_layer_bytes
+from meshwright.sharding.bounds import expert_layer_bytes, expert_rows_bytes
 from meshwright.sharding.collectives import collectives_of
 from meshwright.sharding.hlo import parse_module
 from meshwright.sharding.mesh import MeshSpec
@@ -93,6 +93,28 @@ def test_tokens_are_sent_as_often_as_the_bound_says(remat: Any) -> None:
     assert sent == pytest.approx(bound * (1 if remat == "none" else 5 / 4), rel=1e-3)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("axes", ["context=4", "expert=8,context=4"])
+def test_whole_rows_are_sent_as_often_as_the_bound_says(axes: str, remat: Any) -> None:
+    """And to experts on other devices no more than of rows that are whole."""
+    model = named("mixtral-8x7b")
+    model = replace(model, remat=remat, experts=replace(model.experts, capacity_factor=1.25))
+    run = replace(config(), model=model, batch_size=16, seq_len=4096)
+    found: Counter[str] = Counter()
+    mesh = MeshSpec.parse(axes)
+    placement = place(run, mesh, choose_rules(run, mesh))
+    for one in expected_collectives(placement, 2):
+        if one.leaf in ("rows for experts", "sums of experts", "tokens of experts"):
+            found[one.axes[0]] += one.wire_bytes
+    stream = placement.tokens * model.embed * 2
+    bound = model.layers * expert_rows_bytes(stream, 4, recompute=remat == "full")
+    assert found["context"] == pytest.approx(bound)
+    how = {"experts_per_token": 2, "width": model.embed, "itemsize": 2, "capacity_factor": 1.25}
+    parts = mesh.sizes.get("expert", 1)
+    dealt = model.layers * expert_layer_bytes(placement.tokens, parts, **how)
+    assert found["expert"] == pytest.approx(dealt)
+
+
 @pytest.mark.parametrize(("capacity", "remat"), [(1.0, "full"), (None, "none")])
 def test_the_closed_form_says_what_crosses_the_axis(capacity: float | None, remat: str) -> None:
     """Tokens to experts and home; and gradients of what is no expert, as over a data axis."""
@@ -101,3 +123,22 @@ def test_the_closed_form_says_what_crosses_the_axis(capacity: float | None, rema
     sent = sum(found.wire_bytes for found in moves(run))
     bound = lower_bounds(run, mesh, choose_rules(run, mesh), F32)["expert"]
     assert sent == pytest.approx(bound, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("axes", "capacity", "remat"),
+    [("context=4", 1.0, "full"), ("expert=2,context=4", 1.0, "none"), ("context=4", None, "full")],
+)
+def test_the_closed_form_says_what_rows_in_parts_cost(
+    axes: str, capacity: float | None, remat: str
+) -> None:
+    """Every kind over every axis in either pass, to what losses and norms send."""
+    run, mesh = run_of(axes, capacity=capacity, remat=remat), MeshSpec.parse(axes)
+    placed = place(run, mesh, choose_rules(run, mesh))
+    off: Counter[tuple[str, ...]] = Counter()
+    for sign, found in ((1, moves(run)), (-1, expected_collectives(placed, F32))):
+        for one in found:
+            off[one.kind, one.phase, *one.axes] += sign * one.wire_bytes
+    assert {key: error for key, error in off.items() if abs(error) > SCALAR / 2} == {}
+    names = {one.leaf for one in expected_collectives(placed, F32)}
+    assert "sums over rows" in names and ("rows for experts" in names) == (capacity is not None)

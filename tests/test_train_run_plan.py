@@ -404,6 +404,17 @@ def test_moves_and_holds_little(mesh: str, results_mib: float, temporaries_mib: 
     assert compiled.temp_bytes / 2**20 <= temporaries_mib
 
 
+@pytest.mark.skipif(wheels("tpu").installed is None, reason="the libtpu wheel is not installed")
+def test_experts_that_take_whole_rows_are_as_predicted_where_rows_are_split() -> None:
+    experts = replace(named("tiny-moe").experts, capacity_factor=1.25)
+    changes = {"model": {"layers": 2, "experts": experts}, "mesh": "expert=2,context=4"}
+    report = RunPlan.of(run_of("tiny-moe", **changes, seq_len=1024, batch_size=4)).compile()
+    assert not [w for w in report.warnings if w.code == "undeclared-collective"]
+    for axis in ("expert", "context"):
+        found = report.traffic[axis]
+        assert found.wire_bytes == pytest.approx(found.lower_bound_bytes, rel=0.02)
+
+
 @pytest.mark.skipif(wheels("gpu").installed is None, reason="jax's CUDA plugin is not installed")
 def test_a_gpu_plan() -> None:
     report = RunPlan.of(replace(small(), topology="h100:1x8")).compile()

@@ -42,10 +42,7 @@ WAYS: Ways = {
 }
 """Axis → name of a way to use it → the fields of a `Case` that say so."""
 
-EXPERT_WAYS: Ways = {
-    **{axis: ways for axis, ways in WAYS.items() if axis != "context"},
-    "expert": {"expert": {}},
-}
+EXPERT_WAYS: Ways = {**WAYS, "expert": {"expert": {}}}
 """The same for models with experts."""
 
 _DEVICES = 8

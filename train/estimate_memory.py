@@ -53,6 +53,9 @@ COUNTER_BYTES = 4 * 4 + 8
 # Between the regions of tensor parallelism: gathered inputs, their gradients and outputs that wait
 # for their scatter, in units of a whole activation; as H100's and v5e's compilers have it.
 _WHOLE_ROWS = 5
+# Whole rows for the places that a device has in experts' buffers, where rows are split along their
+# length: gathered and not yet put there, or summed and not yet scattered; as CPUs' compiler has it.
+_PLACED_ROWS = 2
 # Layers' inputs on their way to the host's memory and back.
 _AWAY = 2
 _MARGIN = "margin of the closed forms"
@@ -94,7 +97,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
-    whole_rows: float = 0.0  # what is gathered of a stream that is split, and not yet scattered
+    whole_rows: float = 0.0  # what is gathered of tokens that are split, and not yet scattered
 
 
 def state_of(placement: Placement, itemsize: int) -> StateBytes:
@@ -234,8 +237,18 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
-        whole_rows=_WHOLE_ROWS * embed if split("sequence") > 1 else 0.0,
+        whole_rows=_whole_rows(placement) * embed,
     )
+
+
+def _whole_rows(placement: Placement) -> float:
+    """What is gathered of tokens and not yet scattered, in units of a device's stream."""
+    found, parts = 0.0, placement.split("length")
+    if placement.split("sequence") > 1:
+        found += _WHOLE_ROWS
+    if parts > 1 and placement.config.model.experts.capacity_factor is not None:
+        found += _PLACED_ROWS * parts
+    return found
 
 
 def _loss(

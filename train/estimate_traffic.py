@@ -19,10 +19,8 @@ cross once, in float32, the accumulators' dtype.
 `meshwright.sharding.bounds.tensor_layer_bytes` and `vocabulary_bytes`; where the stream between
 them is split over the same axes, an all-gather and a reduce-scatter stand for each all-reduce.
 
-**Tokens** cross the axes that experts are dealt to, and come home: four times
-(`meshwright.sharding.bounds.expert_layer_bytes`), and once more where the layer is recomputed: what
-came home is not, as nobody reads it. Dropless tokens are gathered and scattered instead, or go in
-ragged messages: `meshwright.train.expert_exchange`.
+**Experts** that are dealt to devices, or take tokens of rows in parts:
+`meshwright.train.estimate_experts`.
 
 **Keys and values** cross the axes that split the length of rows: `meshwright.train.context`.
 
@@ -38,14 +36,12 @@ collective over several axes are shared out by `meshwright.sharding.bounds.axis_
 
 from __future__ import annotations
 
-from math import comb
-
 from meshwright.sharding.bounds import wire_by_axis, wire_bytes
-from meshwright.sharding.expert_layout import dropless_way
 from meshwright.sharding.mesh import MeshSpec
 from meshwright.sharding.planned import Collective, Kind, Phase
 from meshwright.sharding.rules import Rules
 from meshwright.train.config import TrainConfig
+from meshwright.train.estimate_experts import expert_moves
 from meshwright.train.estimate_placement import Axes, PlacedGroup, Placement, place
 
 __all__ = ["by_axis", "expected_collectives", "lower_bounds"]
@@ -378,50 +374,14 @@ def _stages(moves: _Moves, itemsize: int) -> None:
 
 
 def _experts(moves: _Moves, itemsize: int, hardware: str | None) -> None:
-    """What experts on other devices cost: tokens and gates there, sums home, and their gradients.
-
-    Ragged messages are counted by what an even router sends.
-    """
-    placement, model = moves.placement, moves.placement.config.model
-    axes, settings = placement.experts, model.experts
-    if not axes:
-        return
-    parts, again = placement.parts(axes), model.remat != "none"
-    capacity = settings.capacity(placement.config.seq_len)
-    rows = model.expert_layers * placement.rows * moves.microbatches
-
-    def add(kind: Kind, phase: Phase, elements: float, leaf: str, width: int = itemsize) -> None:
+    """What experts on other devices, or of rows in parts, cost in every layer and microbatch."""
+    placement = moves.placement
+    rows = placement.config.model.expert_layers * placement.rows * moves.microbatches
+    for kind, axes, phase, elements, leaf, width in expert_moves(placement, itemsize, hardware):
         moves.add(
             kind, axes, rows * elements * width, phase, leaf,
             itemsize=width, layered=True, leaves=1,
         )  # fmt: skip
-
-    if capacity is not None:
-        slots = settings.count * capacity
-        for phase in _PHASES:
-            add("all-to-all", phase, 2 * slots * model.embed, "tokens of experts")
-        add("all-to-all", "forward", slots, "gates")
-        add("all-to-all", "backward", slots, "gates", 4)
-        if again:
-            add("all-to-all", "backward", slots * (model.embed + 1), "tokens of experts again")
-        return
-    way = dropless_way(settings.count, settings.top_k, parts) if hardware else "gather"
-    length, choices = placement.length, settings.top_k
-    gathered, ids = parts * length * model.embed, parts * length * choices
-    there, home, tokens = "all-gather", "reduce-scatter", float(gathered)
-    if way == "ragged":
-        own = settings.count // parts
-        visits = 1 - comb(settings.count - own, choices) / comb(settings.count, choices)
-        there = home = "all-to-all"
-        tokens = gathered * visits
-    for phase in _PHASES + ("backward",) * again:
-        leaf = "tokens of experts"
-        add(there, phase, tokens, leaf)
-    for phase in _PHASES:
-        add(home, phase, tokens, "sums of experts")
-    for phase in ("forward",) + ("backward",) * again:
-        add("all-gather", phase, 2 * ids, "ids and gates", 4)
-    add("reduce-scatter", "backward", ids, "gates", 4)
 
 
 def _scalars(moves: _Moves) -> None:

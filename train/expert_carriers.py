@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from meshwright.models.experts import collect_rows, expert_slots, hits_of, spread_rows
+from meshwright.models.experts import collect_rows, expert_slots, spread_rows
+from meshwright.models.routing import hits_of
+from meshwright.sharding.expert_layout import places_of_part
+from meshwright.train.row_parts import RowSplit
 
 __all__ = ["Buffers", "Carrier", "Gather", "Ragged"]
 
@@ -27,9 +30,12 @@ class Buffers:
     """The transfers of the capacity form.
 
     Attributes:
-        axis, parts: as `ExpertExchange`.
-        slots: (E, C).
-        take, back: of each row, as `expert_slots`: [B, E * C] and [B, T, k].
+        axis, parts: as `ExpertExchange`; one part sends nothing.
+        slots: (E, C); where rows are split, with a device's places of them for C.
+        take, back: of each row, as `expert_slots`: [B, E * C] and [B, T, k]; where rows are split,
+            of whole rows, as `RowSplit.slots`.
+        rows: how rows are split along their length, if they are. Tokens are gathered over the
+            parts before they are put into places, and scattered after they are summed.
     """
 
     axis: str | tuple[str, ...]
@@ -37,42 +43,63 @@ class Buffers:
     slots: tuple[int, int]
     take: Array
     back: Array
+    rows: RowSplit | None = None
 
     @classmethod
-    def of(cls, axis: Any, parts: int, ids: Array, experts: int, capacity: int) -> Buffers:
+    def of(
+        cls,
+        axis: Any,
+        parts: int,
+        ids: Array,
+        experts: int,
+        capacity: int,
+        rows: RowSplit | None = None,
+    ) -> Buffers:
         """From the ids of this device's tokens [B, T, k], W and C."""
         count = experts * parts
+        if rows is not None:
+            slots = (count, places_of_part(capacity, rows.parts))
+            return cls(axis, parts, slots, *rows.slots(ids, count, capacity), rows)
         slots = jax.vmap(functools.partial(expert_slots, count=count, capacity=capacity))
         return cls(axis, parts, (count, capacity), *slots(ids))
 
     def there(self, x: Array) -> Array:
         """[B, T, D] → what came for this device's experts [e·B, W, C, D]."""
         spread = jax.vmap(spread_rows)
-        return self._sent(spread(x, self.take // self.back.shape[-1], self.back))
+        return self._sent(spread(self._whole(x), self.take // self.back.shape[-1], self.back))
 
     def home(self, out: Array) -> Array:
         """[e·B, W, C, D] → sums over the choices of each token [B, T, D]."""
         collect = jax.vmap(collect_rows)
-        return collect(self._returned(out), self.take // self.back.shape[-1], self.back)
+        return self._own(collect(self._returned(out), self.take // self.back.shape[-1], self.back))
 
     def gates_there(self, gates: Array) -> Array:
         """[B, T, k] → [e·B, W, C, 1]."""
-        back = self.back.reshape(len(gates), -1, 1)
+        back, gates = self.back.reshape(len(gates), -1, 1), self._whole(gates)
         return self._sent(jax.vmap(spread_rows)(gates.reshape(*back.shape), self.take, back))
 
     def gates_home(self, grads: Array) -> Array:
         """[e·B, W, C, 1] → [B, T, k]."""
         back = self.back.reshape(len(self.back), -1, 1)
         found = jax.vmap(collect_rows)(self._returned(grads), self.take, back)
-        return found.reshape(self.back.shape)
+        return self._own(found.reshape(self.back.shape))
+
+    def _whole(self, x: Array) -> Array:
+        return x if self.rows is None else self.rows.whole(x)
+
+    def _own(self, x: Array) -> Array:
+        return x if self.rows is None else self.rows.own_sums(x)
 
     def _sent(self, x: Array) -> Array:
         count, capacity = self.slots
+        if self.parts == 1:
+            return x.reshape(len(x), count, capacity, -1)
         x = x.reshape(len(x), self.parts, count // self.parts, capacity, -1)
         return jax.lax.all_to_all(x, self.axis, 1, 0, tiled=True)[:, 0]
 
     def _returned(self, x: Array) -> Array:
-        x = jax.lax.all_to_all(x[:, None], self.axis, 0, 1, tiled=True)
+        if self.parts > 1:
+            x = jax.lax.all_to_all(x[:, None], self.axis, 0, 1, tiled=True)
         return x.reshape(len(x), -1, x.shape[-1])
 
 

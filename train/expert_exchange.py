@@ -23,6 +23,8 @@ router e·(1 - C(E-E/e, k) / C(E, k)), at most k. See
 **Capacity** (Lepikhin et al., "GShard", 2021; Fedus et al., "Switch transformers", 2022; beside
 other axes: Rajbhandari et al., "DeepSpeed-MoE", 2022): one all-to-all of the buffers each way. The
 buffers are those of `meshwright.models.experts.apply_experts`, by row, so the results are too.
+Where rows are split along their length over c devices, each has 1/c of every expert's places
+(`meshwright.train.row_parts`): C is C/c in the table, and tokens are gathered over that axis first.
 
 **Dropless** (Gale et al., "MegaBlocks", 2022): programs have fixed shapes, and all tokens may want
 the experts of one device. A program that is exact for all routings and knows sizes when compiled
@@ -71,9 +73,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from meshwright.sharding.expert_layout import DroplessWay
+from meshwright.sharding.expert_layout import DroplessWay, places_of_part
 from meshwright.train.expert_carriers import Buffers, Carrier, Gather, Ragged
 from meshwright.train.expert_work import Params, Work, batched, mlp, mlp_backward
+from meshwright.train.row_parts import RowSplit
 
 __all__ = ["EXPERTS", "ExpertExchange"]
 
@@ -88,9 +91,10 @@ class ExpertExchange:
     Attributes:
         axis: the mesh axis, or axes, that the experts are dealt to.
         parts: devices along it.
-        capacity: tokens that an expert takes from each row, as in `apply_experts`; None: all.
+        capacity: tokens that an expert takes from each whole row, as in `apply_experts`; None: all.
         tensor: axes that split M.
         way: without a capacity, how tokens travel.
+        rows: how rows are split along their length, if they are.
     """
 
     axis: str | tuple[str, ...]
@@ -98,6 +102,7 @@ class ExpertExchange:
     capacity: int | None
     tensor: tuple[str, ...] = ()
     way: DroplessWay = "gather"
+    rows: RowSplit | None = None
 
     def forward(
         self, x: Array, ids: Array, gates: Array, params: Params
@@ -161,7 +166,8 @@ class ExpertExchange:
             tokens, choices = self.parts * rows * length, ids.shape[-1]
             gathered = (like(dtype, tokens, choices) for dtype in (ids.dtype, jnp.float32))
             return like(x.dtype, tokens, embed), *gathered
-        slots = (self.parts * rows, experts, self.capacity)
+        split = 1 if self.rows is None else self.rows.parts
+        slots = (self.parts * rows, experts, places_of_part(self.capacity, split))
         hidden = [like(x.dtype, *slots, width)] * (2 if "w_gate" in params else 1)
         return like(x.dtype, *slots, embed), like(x.dtype, *slots, 1), *hidden
 
@@ -183,7 +189,8 @@ class ExpertExchange:
 
     def _buffers(self, ids: Array, params: Params) -> Buffers:
         assert self.capacity is not None
-        return Buffers.of(self.axis, self.parts, ids, params["w_up"].shape[0], self.capacity)
+        experts = params["w_up"].shape[0]
+        return Buffers.of(self.axis, self.parts, ids, experts, self.capacity, self.rows)
 
     def _forward_dropless(self, x: Array, ids: Array, gates: Array, params: Params) -> Any:
         gather = functools.partial(jax.lax.all_gather, axis_name=self.axis, tiled=True)

@@ -31,6 +31,7 @@ from meshwright.sharding.decisions import axes_of
 from meshwright.sharding.expert_layout import dropless_way
 from meshwright.train.expert_exchange import EXPERTS, ExpertExchange
 from meshwright.train.replicas import Held, Replicas
+from meshwright.train.row_parts import RowSplit
 from meshwright.train.weights import Weights, scope_of
 
 __all__ = ["ExpertParallel"]
@@ -92,7 +93,9 @@ class ExpertParallel:
         ragged = self.replicas.mesh.devices.flat[0].platform != "cpu"
         way = dropless_way(params["w_up"].shape[0], choices, parts) if ragged else "gather"
         axis = axes[0] if len(axes) == 1 else axes
-        return ExpertExchange(axis, parts, capacity, self.width, way)
+        split = capacity is not None and bool(self.replicas.length)
+        rows = RowSplit.of(self.replicas) if split else None
+        return ExpertExchange(axis, parts, capacity, self.width, way, rows)
 
     @property
     def width(self) -> tuple[str, ...]:

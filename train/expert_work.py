@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from meshwright.models.experts import activate, collect_rows, grouped_matmul, hits_of
+from meshwright.models.experts import activate, collect_rows, grouped_matmul
+from meshwright.models.routing import hits_of
 
 __all__ = ["Chunk", "Grads", "Matmul", "Params", "Work", "batched", "mlp", "mlp_backward"]
 

@@ -148,14 +148,6 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
             why="stages keep what microbatches leave for their way back in buffers on the device",
             fix="use --model.remat full, or leave `stage` out of the mesh",
         )
-    if config.model.experts.count and mesh.sizes.get("context", 1) > 1:
-        raise RulesError(
-            f"cannot split rows of `{config.model.name}` along their length",
-            where=f"mesh {mesh}, model.experts.count={config.model.experts.count}",
-            why="experts are balanced, and take tokens, row by row, and a device would have a "
-            "part of each row",
-            fix="give the devices of the context axis to data, fsdp or tensor",
-        )
     staged, interleaved = "stage" in mesh.names, config.pipeline.schedule == "interleaved"
     for name, used in (("schedule", staged), ("chunks", staged and interleaved)):
         value = getattr(config.pipeline, name)

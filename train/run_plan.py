@@ -348,6 +348,8 @@ class RunPlan:
         found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in stream}
         found |= {("collective-permute", "stage")} if "stage" in self.mesh.names else set()
         dropless = self.config.model.experts.capacity_factor is None
+        if not dropless:  # experts take whole rows
+            found |= {(kind, axis) for kind in ("all-gather", "reduce-scatter") for axis in length}
         kinds = ("all-to-all", *("all-gather", "reduce-scatter") * dropless)
         found |= {(kind, axis) for kind in kinds for axis in self.rules.expert_axes()}
         return frozenset(found)

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from meshwright.models.experts import expert_loss, load_of
 from meshwright.models.hooks import Hooks, keep_scored
 from meshwright.models.pure import Functional
+from meshwright.models.routing import expert_loss, load_of
 from meshwright.train.replicas import Batch
 from meshwright.train.weights import Weights
 

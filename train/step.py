@@ -29,18 +29,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from meshwright.models.experts import ExpertSums, expert_loss, load_imbalance, load_of
 from meshwright.models.hooks import Hooks, take_rows
 from meshwright.models.pure import Functional
+from meshwright.models.routing import ExpertSums, expert_loss, load_imbalance, load_of
 from meshwright.sharding.placement import Constrain
 from meshwright.train.attention import attention_of
 from meshwright.train.config import ContextConfig, GuardConfig, LossConfig, PipelineConfig
 from meshwright.train.expert_parallel import ExpertParallel
+from meshwright.train.expert_rows import RowExperts
 from meshwright.train.layout import Layout
 from meshwright.train.loss import chunked_loss_sum
 from meshwright.train.parallelism import choose_schedule
 from meshwright.train.pipeline import Pipeline
 from meshwright.train.replicas import Batch, Replicas
+from meshwright.train.row_parts import parts_of
 from meshwright.train.stages import StageModel
 from meshwright.train.state import TrainState
 from meshwright.train.stored_order import in_stored_order
@@ -59,7 +61,7 @@ __all__ = [
 
 Sums = dict[str, jax.Array]
 """Sums over a batch: ``plain``, the plain cross-entropy; of a model with experts also ``load`` and
-``dropped`` of `meshwright.models.experts.ExpertSums`."""
+``dropped`` of `meshwright.models.routing.ExpertSums`."""
 
 _NORM_MEAN_DECAY = 0.95
 _EMBEDDING = "embedding"
@@ -120,7 +122,7 @@ def train_step(
         tokens), ``grad_norm`` before clipping, ``learning_rate``, ``tokens`` counted,
         ``skipped`` (1.0 if the update was refused) and ``bad_in_row``. Of a model with experts
         also ``dropped``, the fraction of choices that found no room, and ``imbalance``, see
-        `meshwright.models.experts.load_imbalance`; both of the whole batch.
+        `meshwright.models.routing.load_imbalance`; both of the whole batch.
     """
     return apply_gradients(spec, state, *gradients(spec, constrain, state.params, batch))
 
@@ -310,7 +312,8 @@ def _hooks(
         constrain=constrain,
         reshard=constrain.reshard,
         attention=attention_of(spec.mesh, constrain.rules, replicas, spec.context.kind),
-        experts=ExpertParallel(replicas, weights) if replicas.expert else None,
+        experts=_experts(spec, replicas, weights),
+        rows=parts_of(replicas),
         score=score,
         collect=lambda sums, experts: (
             sums[0] + expert_loss(experts, rows["weights"]),
@@ -319,6 +322,13 @@ def _hooks(
         ),
         run_layers=weights.run_layers,
     )
+
+
+def _experts(spec: StepSpec, replicas: Replicas, weights: Weights) -> Callable[..., Any] | None:
+    """How tokens get to experts where that takes more than one device; None where it does not."""
+    if replicas.expert:
+        return ExpertParallel(replicas, weights)
+    return RowExperts(replicas) if spec.model.config.experts.count and replicas.length else None
 
 
 def _pipeline(
