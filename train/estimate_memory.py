@@ -50,6 +50,7 @@ _REWRITTEN_MARGIN = 0.25
 COUNTER_BYTES = 4 * 4 + 8
 """Of a train state besides parameters and optimizer: four scalars and the key."""
 
+_IN_ORDER = ("a100",)  # XLA's schedules for Hopper and later run more ahead than those for Ampere
 # Between the regions of tensor parallelism: gathered inputs, their gradients and outputs that wait
 # for their scatter, in units of a whole activation; as H100's and v5e's compilers have it.
 _WHOLE_ROWS = 5
@@ -97,6 +98,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
+    ahead: bool  # what waits for nothing is made early
     whole_rows: float = 0.0  # what is gathered of tokens that are split, and not yet scattered
 
 
@@ -145,7 +147,8 @@ def memory_of(
     """
     state = state_of(placement, itemsize)
     kind, limit_bytes = (chip.kind, chip.limit_bytes) if chip else ("tpu", None)
-    sizes = _sizes(placement, itemsize, fused_attention, kind)
+    ahead = chip is None or chip.name not in _IN_ORDER
+    sizes = _sizes(placement, itemsize, fused_attention, kind, ahead)
     moments = {
         "loss": _loss(placement, sizes, itemsize, fused_attention, kind),
         "backward": _backward(placement, sizes, itemsize, fused_attention, kind),
@@ -183,7 +186,7 @@ def memory_of(
     )
 
 
-def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Sizes:
+def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str, ahead: bool) -> _Sizes:
     model = placement.config.model
     tokens, split, parts = placement.tokens, placement.split, placement.parts
     kept, lanes = 0.0, LANES[kind]
@@ -237,6 +240,7 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
+        ahead=ahead,
         whole_rows=_whole_rows(placement) * embed,
     )
 
@@ -266,7 +270,8 @@ def _loss(
         found["window"] = 3 * sizes.stream + sizes.whole_rows
         return found
     found["logits"] = (4 + itemsize) * sizes.logits
-    found["gradients"] = sizes.layers_gradients  # zeros, made early
+    if sizes.ahead:
+        found["gradients"] = sizes.layers_gradients  # zeros
     if not sizes.peels:
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
         found["window"] = 4 * sizes.stream + sizes.whole_rows
