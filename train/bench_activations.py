@@ -43,19 +43,20 @@ _PIPED = replace(_DENSE, mesh="stage=4,data=2", grad_accum=16)
 _STRATEGIES: tuple[tuple[Planned, int], ...] = (
     (replace(_DENSE, mesh="data=8"), 16),
     (replace(_DENSE, mesh="data=8", zero=1), 16),
-    (replace(_DENSE, mesh="data=8", zero=2), 16),
+    (replace(_DENSE, mesh="data=8", zero=2, grad_accum=2, batch_size=128), 32),
     (_DENSE, 16),
     (replace(_DENSE, mesh="tensor=8", batch_size=16), 8),
     (replace(_DENSE, mesh="tensor=8", batch_size=16, sequence=True), 8),
     (replace(_DENSE, mesh="context=8", batch_size=8, seq_len=16_384), 2),
     (replace(_DENSE, mesh="context=8", batch_size=8, seq_len=16_384, context="gather"), 2),
-    (replace(_DENSE, mesh="context=8", batch_size=4, seq_len=16_384, context="ulysses"), 1),
+    (replace(_DENSE, mesh="context=8", batch_size=2, seq_len=16_384, context="ulysses"), 1),
     (_MOE, 8),
     (_PIPED, 16),
     (replace(_PIPED, schedule="gpipe"), 16),
     (replace(_PIPED, schedule="interleaved"), 16),
 )
-"""A plan of each strategy, and its rows where no activation is recomputed."""
+"""A plan of each strategy, and its rows where no activation is recomputed. Without microbatches
+ZeRO-2 is ZeRO-1."""
 
 
 def _plans() -> tuple[Planned, ...]:
@@ -64,8 +65,9 @@ def _plans() -> tuple[Planned, ...]:
     for remat in policies:
         for plan, fewer in _STRATEGIES:
             rows = fewer if remat == "none" else plan.batch_size
-            parts = min(plan.grad_accum, rows // 2)  # two rows of a microbatch
-            found.append(replace(plan, remat=remat, batch_size=rows, grad_accum=max(1, parts)))
+            # A pipeline's microbatches have two rows at least, one for each of its replicas.
+            parts = max(1, min(plan.grad_accum, rows // 2))
+            found.append(replace(plan, remat=remat, batch_size=rows, grad_accum=parts))
     return tuple(found)
 
 
