@@ -41,15 +41,16 @@ _MOE = Planned(
 _PIPED = replace(_DENSE, mesh="stage=4,data=2", grad_accum=16)
 
 _STRATEGIES: tuple[tuple[Planned, int], ...] = (
-    (replace(_DENSE, mesh="data=8"), 16),
-    (replace(_DENSE, mesh="data=8", zero=1), 16),
-    (replace(_DENSE, mesh="data=8", zero=2, grad_accum=2, batch_size=128), 32),
-    (_DENSE, 16),
+    (replace(_DENSE, mesh="data=8"), 8),
+    (replace(_DENSE, mesh="data=8", zero=1), 8),
+    (replace(_DENSE, mesh="data=8", zero=2, grad_accum=2, batch_size=128), 16),
+    (_DENSE, 8),
     (replace(_DENSE, mesh="tensor=8", batch_size=16), 8),
     (replace(_DENSE, mesh="tensor=8", batch_size=16, sequence=True), 8),
     (replace(_DENSE, mesh="context=8", batch_size=8, seq_len=16_384), 2),
     (replace(_DENSE, mesh="context=8", batch_size=8, seq_len=16_384, context="gather"), 2),
-    (replace(_DENSE, mesh="context=8", batch_size=2, seq_len=16_384, context="ulysses"), 1),
+    # Scores of whole rows, without cuDNN: shorter ones than where they are attended to in chunks.
+    (replace(_DENSE, mesh="context=8", batch_size=16, seq_len=4096, context="ulysses"), 4),
     (_MOE, 8),
     (_PIPED, 16),
     (replace(_PIPED, schedule="gpipe"), 16),

@@ -96,6 +96,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
+    sliced: float  # weights of the chunk that a stage is at, cut out of all it holds
     whole_rows: float = 0.0  # what is gathered of a stream that is split, and not yet scattered
     ahead: bool = True  # a layer taken out of the loop is scheduled among what comes before it
 
@@ -196,15 +197,19 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         for dim in found.dims:
             share *= split(dim)
         kept += found.elements * found.itemsize / share
-    layer = layers_gradients = head_gradient = casts = copies = 0.0
+    layer = layers_gradients = head_gradient = casts = copies = sliced = 0.0
     gathers = peels = False
+    chunks = placement.schedule.chunks if placement.schedule else 1
     for group, _, working, compute, reduced, _, copied, gathered in placement.groups:
         # Gradients have the dtype of what was differentiated: masters, or the working copy.
         width = itemsize if copied else 4
         gradient = group.elements / parts(reduced) * width
         if group.layered:
             layer += group.elements / parts(compute) * itemsize / placement.layers
-            layers_gradients += gradient
+            layers_gradients += gradient / chunks  # a unit's, before they are added up
+            if chunks > 1:
+                # One chunk forwards, another backwards.
+                sliced += 2 * group.elements / parts(working) * width / chunks
             casts += group.elements / parts(working) * itemsize * (not copied)
             copies += group.elements / parts(working) * itemsize * copied
             gathers |= gathered
@@ -238,6 +243,7 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
+        sliced=sliced,
         whole_rows=_WHOLE_ROWS * embed if split("sequence") > 1 else 0.0,
     )
 
@@ -258,6 +264,7 @@ def _loss(
         return found
     found["logits"] = (4 + itemsize) * sizes.logits
     found["gradients"] = sizes.layers_gradients  # zeros, made early
+    found["chunks' weights"] = sizes.sliced
     if not sizes.peels:
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
         found["window"] = 4 * sizes.stream + sizes.whole_rows
@@ -286,6 +293,7 @@ def _backward(
         "gradients": sizes.layers_gradients,
         # The embedding's gradient, whole: a scatter into zeros before it is reduced.
         "embedding's gradient": 0.0 if placement.exchanged else sizes.table,
+        "chunks' weights": sizes.sliced,
     }
     if kind == "tpu":
         found["head's gradient"] = sizes.head_gradient
