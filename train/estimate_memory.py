@@ -327,10 +327,12 @@ def _backward(
 
 def _hole(placement: Placement, sizes: _Sizes) -> float:
     """The kept scores of all layers are two arrays. The last layer's backward pass, outside of the
-    loop, reads those of grouped heads in another order than the loop: one is copied into it."""
+    loop, reads those of grouped heads in another order than the loop, where weights are gathered in
+    it: one is copied into it."""
     model = placement.config.model
     grouped = model.heads != model.kv_heads
-    return 4 * sizes.scores * placement.layers if sizes.peels and grouped else 0.0
+    apart = sizes.peels and sizes.gathers
+    return 4 * sizes.scores * placement.layers if apart and grouped else 0.0
 
 
 def _last_dim_masters(placement: Placement) -> float:
