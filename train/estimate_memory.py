@@ -96,7 +96,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
-    sliced: float  # weights of the chunk that a stage is at, cut out of all it holds
+    sliced: float  # weights of the chunks that a stage is at, cut out of all it holds
     whole_rows: float = 0.0  # what is gathered of a stream that is split, and not yet scattered
     ahead: bool = True  # a layer taken out of the loop is scheduled among what comes before it
 
@@ -197,19 +197,15 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         for dim in found.dims:
             share *= split(dim)
         kept += found.elements * found.itemsize / share
-    layer = layers_gradients = head_gradient = casts = copies = sliced = 0.0
+    layer = layers_gradients = head_gradient = casts = copies = 0.0
     gathers = peels = False
-    chunks = placement.schedule.chunks if placement.schedule else 1
     for group, _, working, compute, reduced, _, copied, gathered in placement.groups:
         # Gradients have the dtype of what was differentiated: masters, or the working copy.
         width = itemsize if copied else 4
         gradient = group.elements / parts(reduced) * width
         if group.layered:
             layer += group.elements / parts(compute) * itemsize / placement.layers
-            layers_gradients += gradient / chunks  # a unit's, before they are added up
-            if chunks > 1:
-                # One chunk forwards, another backwards.
-                sliced += 2 * group.elements / parts(working) * width / chunks
+            layers_gradients += gradient
             casts += group.elements / parts(working) * itemsize * (not copied)
             copies += group.elements / parts(working) * itemsize * copied
             gathers |= gathered
@@ -237,15 +233,32 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str) -> _Size
         / parts(placement.experts)
         * itemsize,
         table=model.embed * model.vocab_size / split("vocab") * itemsize,
-        layers_gradients=layers_gradients,
+        layers_gradients=layers_gradients / _chunks(placement),  # a unit's, not added up yet
         head_gradient=head_gradient,
         gathers=gathers,
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
-        sliced=sliced,
+        sliced=_sliced(placement, itemsize),
         whole_rows=_WHOLE_ROWS * embed if split("sequence") > 1 else 0.0,
     )
+
+
+def _chunks(placement: Placement) -> int:
+    """Groups of layers that a stage works on one at a time; 1 without stages."""
+    return placement.schedule.chunks if placement.schedule else 1
+
+
+def _sliced(placement: Placement, itemsize: int) -> float:
+    """Weights of the chunks that a stage is at, one forwards and another backwards, cut out of all
+    that it holds; nothing where that is one chunk."""
+    chunks = _chunks(placement)
+    held = sum(
+        placed.group.elements / placement.parts(placed.working) * (itemsize if placed.copied else 4)
+        for placed in placement.groups
+        if placed.group.layered
+    )
+    return 2 * held / chunks if chunks > 1 else 0.0
 
 
 def _loss(
