@@ -31,6 +31,7 @@ BENCHMARKS = {
     "pauses": ("bench", "time the loop waits for data, and for a checkpoint"),
     "memory_errors": ("bench_plan", "peaks by closed form against those of compiled plans"),
     "ranking": ("bench_plan", "order of plans by closed form against that of compiled ones"),
+    "activations": ("bench_activations", "activations of compiled plans against closed forms"),
     "traffic": ("bench_traffic", "wire bytes of compiled plans against their lower bounds"),
 }
 """Each benchmark, a function of that name in a module of `meshwright.train`, and what it is for."""

@@ -100,3 +100,15 @@ def test_1f1b_keeps_less_than_gpipe() -> None:
     sizes = [compiled(kind)[1].memory_analysis().temp_size_in_bytes for kind in ("1f1b", "gpipe")]
     assert Schedule("1f1b", 2, 8).slots == 3 and Schedule("gpipe", 2, 8).slots == 8
     assert sizes[0] < 0.7 * sizes[1]
+
+
+def test_what_the_last_chunk_makes_does_not_go_round() -> None:
+    """Of two stages in a ring both send at a tick, but one where the head takes over."""
+    program, step = compiled("interleaved")
+    plan = Schedule("interleaved", 2, 8, chunks=2)
+    hop = 4 * 16 // 8 * 16 * program.config.model.embed
+    moves = collectives_of(parse_module(step.as_text()), program.spec.layout.mesh).collectives
+    permutes = [move for move in moves if move.kind == "collective-permute"]
+    hops = [move for move in permutes if move.bytes == hop * move.count]
+    around = plan.forward_ticks - plan.microbatches
+    assert sum(move.wire_bytes for move in hops) == 2 * hop * (around + plan.microbatches / 2)

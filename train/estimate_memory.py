@@ -98,6 +98,7 @@ class _Sizes(NamedTuple):
     peels: bool  # gradients are scattered inside the layer loop
     casts: float  # all layers' weights in the compute dtype, still split as the masters
     copies: float  # the working copy of all layers
+    sliced: float  # weights of the chunks that a stage is at, cut out of all it holds
     ahead: bool  # what waits for nothing is made early
     whole_rows: float = 0.0  # what is gathered of tokens that are split, and not yet scattered
 
@@ -234,12 +235,13 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str, ahead: b
         / parts(placement.experts)
         * itemsize,
         table=model.embed * model.vocab_size / split("vocab") * itemsize,
-        layers_gradients=layers_gradients,
+        layers_gradients=layers_gradients / _chunks(placement),  # a unit's, not added up yet
         head_gradient=head_gradient,
         gathers=gathers,
         peels=peels,
         casts=casts if itemsize < 4 else 0.0,
         copies=copies,
+        sliced=_sliced(placement, itemsize),
         ahead=ahead,
         whole_rows=_whole_rows(placement) * embed,
     )
@@ -253,6 +255,23 @@ def _whole_rows(placement: Placement) -> float:
     if parts > 1 and placement.config.model.experts.capacity_factor is not None:
         found += _PLACED_ROWS * parts
     return found
+
+
+def _chunks(placement: Placement) -> int:
+    """Groups of layers that a stage works on one at a time; 1 without stages."""
+    return placement.schedule.chunks if placement.schedule else 1
+
+
+def _sliced(placement: Placement, itemsize: int) -> float:
+    """Weights of the chunks that a stage is at, one forwards and another backwards, cut out of all
+    that it holds; nothing where that is one chunk."""
+    chunks = _chunks(placement)
+    held = sum(
+        placed.group.elements / placement.parts(placed.working) * (itemsize if placed.copied else 4)
+        for placed in placement.groups
+        if placed.group.layered
+    )
+    return 2 * held / chunks if chunks > 1 else 0.0
 
 
 def _loss(
@@ -272,6 +291,7 @@ def _loss(
     found["logits"] = (4 + itemsize) * sizes.logits
     if sizes.ahead:
         found["gradients"] = sizes.layers_gradients  # zeros
+    found["chunks' weights"] = sizes.sliced
     if not sizes.peels:
         found["embedding and head"] = sizes.table * (1 if placement.config.model.tied else 2)
         found["window"] = 4 * sizes.stream + sizes.whole_rows
@@ -296,6 +316,7 @@ def _backward(
         "gradients": sizes.layers_gradients,
         # The embedding's gradient, whole: a scatter into zeros before it is reduced.
         "embedding's gradient": 0.0 if placement.exchanged else sizes.table,
+        "chunks' weights": sizes.sliced,
     }
     if kind == "tpu":
         found["head's gradient"] = sizes.head_gradient
@@ -328,10 +349,12 @@ def _backward(
 
 def _hole(placement: Placement, sizes: _Sizes) -> float:
     """The kept scores of all layers are two arrays. The last layer's backward pass, outside of the
-    loop, reads those of grouped heads in another order than the loop: one is copied into it."""
+    loop, reads those of grouped heads in another order than the loop, where weights are gathered in
+    it: one is copied into it."""
     model = placement.config.model
     grouped = model.heads != model.kv_heads
-    return 4 * sizes.scores * placement.layers if sizes.peels and grouped else 0.0
+    apart = sizes.peels and sizes.gathers
+    return 4 * sizes.scores * placement.layers if apart and grouped else 0.0
 
 
 def _last_dim_masters(placement: Placement) -> float:

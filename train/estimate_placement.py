@@ -119,10 +119,11 @@ class Placement:
 
     @property
     def layers_kept(self) -> float:
-        """Layers whose activations a device keeps for the backward pass, of all microbatches."""
+        """Layers whose activations a device keeps for the backward pass, of all microbatches; a
+        stage has those of one unit besides its slots, as they are made or taken back."""
         if self.schedule is None:
             return self.layers
-        return self.layers * self.schedule.slots / self.schedule.chunks
+        return self.layers * (self.schedule.slots + 1) / self.schedule.chunks
 
     @property
     def head_tokens(self) -> float:

@@ -44,9 +44,10 @@ from meshwright.train.traced import Halves, Picked
 __all__ = ["Pipeline"]
 
 _State = dict[str, Any]
-"""What ticks hand on: ``x`` and ``grad`` (arrived at each stage, from before and after), ``kept``
-(what units leave for their way back), ``losses`` (gradients of the last stage's results), ``sums``
-(gradients so far), ``plain`` (loss so far) and ``load`` (of experts, so far)."""
+"""What ticks hand on: ``x`` (arrived at each stage), ``grad`` (of what each stage has taken back,
+not sent yet), ``kept`` (what units leave for their way back), ``losses`` (gradients of the last
+stage's results), ``sums`` (gradients so far), ``plain`` (loss so far) and ``load`` (of experts, so
+far)."""
 
 _Tick = dict[str, jax.Array]
 """One row of `Units`: arrays [stages]; and ``live``."""
@@ -219,7 +220,7 @@ class _Run:
         there, back = units
         grad = None
         if there is not None:
-            state, made = self._forward(state, there)
+            state, made = self._forward(state, there, around=not head)
             if head:
                 state, grad = self._loss(state, made, there)
         if back is not None:
@@ -254,8 +255,9 @@ class _Run:
         floats, others = floats_of(carry)
         return (floats, loss), others
 
-    def _forward(self, state: _State, now: _Tick) -> tuple[_State, jax.Array]:
-        """One unit forwards on every stage; also what the stages have made, before it moves on."""
+    def _forward(self, state: _State, now: _Tick, *, around: bool) -> tuple[_State, jax.Array]:
+        """One unit forwards on every stage; also what the stages have made, before it moves on:
+        ``around`` as well but where the last stage is in its last chunk, which goes to the head."""
 
         def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
             return self.body.forward(chunk, floats, (others, rows, first, live))
@@ -269,7 +271,7 @@ class _Run:
             state["load"],
             self.model.load(made),
         )
-        x = self.on_stage.shift(made, 1)
+        x = self.on_stage.shift(made, 1, around=around)
         kept = list(map(store, state["kept"], kept))
         return {**state, "kept": kept, "x": x, "load": load}, floats[0]
 
@@ -315,13 +317,15 @@ class _Run:
         return jnp.sum(plain), grads, stage.collect(grad, self.stream, made.shape[stage.at + 2])
 
     def _backward(self, state: _State, now: _Tick, grad: jax.Array | None) -> _State:
-        """One unit backwards on every stage."""
+        """One unit backwards on every stage, from what the stage after took back a tick ago, or
+        the last stage from the head."""
         stage = self.on_stage
         kept = [stage.load(x, now["slot"]) for x in state["kept"]]
         if state["losses"] is not None:
             grad = stage.load(state["losses"], now["slot"])
         arrived = now["valid"] & ~now["last"]
-        came = [stage.mask(arrived, x, 0) for x in state["grad"]]
+        came = stage.shift(state["grad"], -1, around=grad is None)
+        came = [stage.mask(arrived, x, 0) for x in came]
         if grad is not None:
             came[0] = stage.mask(now["last"], grad, came[0])
         loss_grad = jnp.where(now["last"], self.scale, 0.0)
@@ -335,7 +339,7 @@ class _Run:
         return {
             **state,
             "sums": self._added(state["sums"], grads, now),
-            "grad": stage.shift(back, -1),
+            "grad": back,
         }
 
     def _added(self, sums: Any, grads: list[jax.Array], now: _Tick) -> Any:

@@ -283,9 +283,9 @@ def kept_activations(
         lanes: what a head is padded to a multiple of where it is the last dim, 128 on TPU.
 
     ``full`` keeps the input alone, which is what flows through the layer loop, and ``offload``
-    does not keep that on the device; ``save-attention``
-    besides the output of attention and, of a fused kernel, its softmax. ``dots`` keeps the
-    outputs of the projections; that of the last one is read by nobody. ``none`` keeps what jax's
+    does not keep that on the device; ``save-attention`` besides the output of attention and, of a
+    fused kernel, its softmax. ``dots`` keeps the outputs of the projections; that of the last one
+    is read by nobody, and those of a stack of experts are computed again. ``none`` keeps what jax's
     derivatives read: of a norm its input widened to float32 and the normed values before the
     scale (which the TPU's compiler keeps in the compute dtype), of a gated MLP six arrays of its
     width, of queries what they were before and after the rotation.
@@ -301,11 +301,13 @@ def kept_activations(
         softmax = Kept("softmax", ("heads",), config.heads, 4)
         return (Kept("attention's output", heads, queries, itemsize), *[softmax] * fused_attention)
     if config.remat == "dots":
+        experts = config.experts
+        dense = experts.shared * config.expert_mlp if experts.count else config.mlp
         return (
             Kept("queries", heads, queries, itemsize),
             Kept("keys and values", kv_heads, keys, itemsize),
             Kept("attention's output", stream, config.embed, itemsize),
-            Kept("MLP", ("mlp",), hidden * config.active_mlp, itemsize),
+            Kept("MLP", ("mlp",), hidden * dense, itemsize),
         )
     centred, wide = config.norm == "layer", 1 if fused_attention else 2
     kept = [

@@ -54,11 +54,17 @@ class Stagewise:
         """``x`` on the stages with a flag, ``other`` elsewhere."""
         return jnp.where(flags.reshape(-1, *[1] * (x.ndim - self.at - 1)), x, other)
 
-    def shift(self, tree: Any, by: int) -> Any:
-        """What each stage has, on the stage ``by`` (1 or -1) further; zeros where none sends."""
+    def shift(self, tree: Any, by: int, *, around: bool = True) -> Any:
+        """What each stage has, on the stage ``by`` (1 or -1) further; zeros where none sends.
+
+        Args:
+            tree: arrays [R, p, …].
+            by: which way.
+            around: whether from one end to the other too, where stages are in a ring.
+        """
         count = self.count
         pairs = [(stage, (stage + by) % count) for stage in range(count)]
-        if not self.ring:
+        if not (self.ring and around):
             pairs = [(source, to) for source, to in pairs if to - source == by]
 
         def local(x: jax.Array) -> jax.Array:

@@ -337,9 +337,17 @@ def _pipeline(
     """The pipeline of a mesh whose stages the layers are split over."""
     stages = replicas.size(replicas.stage)
     schedule = choose_schedule(spec.pipeline, stages, batch["tokens"].shape[0])
-    model = StageModel(
-        spec.model, weights, lambda rows: _hooks(spec, replicas, weights, constrain, rows)
-    )
+
+    def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        # Asked for parts of the stream at once, the partitioner takes ids apart too and gathers the
+        # whole table over the axis that splits it.
+        return constrain(take_rows(table, tokens), ("batch", "length", "embed"))
+
+    def hooks(rows: Batch) -> Hooks:
+        found = _hooks(spec, replicas, weights, constrain, rows)
+        return replace(found, look_up=look_up) if constrain.rules.stream_axes() else found
+
+    model = StageModel(spec.model, weights, hooks)
     stream = replicas.size(constrain.rules.stream_axes())
     return Pipeline(schedule, replicas, model, spec.model.live, stream)
 

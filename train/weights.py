@@ -312,10 +312,13 @@ class Weights:
             if (found := tuple(axis for axis in axes_of(entry) if axis in axes))
         }
         whole = tuple(axis for axis in axes if not any(axis in a for a in scattered.values()))
+        # Over the fastest links first: what crosses the others is then a part of it.
+        order = list(self.mesh.axis_names)
+        fastest = sorted(scattered, key=lambda dim: -max(map(order.index, scattered[dim])))
 
         def local(grad: jax.Array) -> jax.Array:
-            for dim, found in scattered.items():
-                grad = self.torus.scatter(grad, found, dim)
+            for dim in fastest:
+                grad = self.torus.scatter(grad, scattered[dim], dim)
             return jax.lax.psum(grad, whole) if whole else grad
 
         split = _axes_by_dim(compute, ndim)
