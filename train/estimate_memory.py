@@ -325,6 +325,9 @@ def _backward(
         # Made before the layers' backward pass, and reduced after it.
         found["head's gradient"] = sizes.table
         if sizes.gathers:
+            # Arrays have places for the whole program: the one that a head of its own was gathered
+            # into is too large for most of what comes later.
+            found["head's place"] = 0.0 if model.tied else sizes.table
             # Masters whose split dim is their last are laid out anew before the gathers.
             found["transposed weights"] = _last_dim_masters(placement)
     if not fused:
