@@ -90,6 +90,30 @@ def test_a_verdict_has_a_margin_and_a_ranking_none() -> None:
     assert "margin of the closed forms" not in dict(bare.contributors)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "margin"),
+    [
+        ("llama3-8b", {"mesh": "stage=2,tensor=8", "grad_accum": 8, "sequence": True}, 0.4),
+        ("llama3-8b", {"mesh": "stage=2,data=8", "grad_accum": 8}, MARGIN),
+        ("qwen3-30b-a3b", {"mesh": "fsdp=4,expert=4"}, 0.2),
+        ("qwen3-30b-a3b", {"mesh": "fsdp=16"}, MARGIN),
+    ],
+)
+def test_plans_whose_peaks_were_found_above_are_judged_more_carefully(
+    name: str, changes: dict[str, Any], margin: float
+) -> None:
+    # Compiled for h100: 1.37 times the bare prediction with stages and tensor, 1.18 with experts
+    # that drop nothing, where 1 + MARGIN would let plans pass that do not fit.
+    config = TrainConfig(named(name), batch_size=64, seq_len=2048, **changes)
+    spec = MeshSpec.parse(config.mesh)
+    placement = place(config, spec, choose_rules(config, spec))
+    how: dict[str, Any] = {"itemsize": 2, "fused_attention": False}
+    for chip, added in ((replace(CHIPS["h100"], limit_bytes=None), margin), (CHIPS["v5p"], MARGIN)):
+        bare = memory_of(placement, **how, chip=chip, margin=0.0).peak_bytes or 0
+        careful = memory_of(placement, **how, chip=chip).peak_bytes
+        assert careful == pytest.approx((1 + added) * bare)
+
+
 def test_a_program_that_a_gpus_compiler_rewrites_is_judged_more_carefully() -> None:
     model = replace(named("llama3-8b"), remat="none")
     config = TrainConfig(model, mesh="fsdp=64", batch_size=64, seq_len=4096)
