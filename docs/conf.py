@@ -49,7 +49,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects' names are not links: resolving them would need the network (intersphinx).
     # Annotations are shown as the source writes them, so these are bare names and jax's.
-    ("py:(class|exc)", r"\w+|(collections|flax|jax|nnx|np|numpy|optax)\.[\w.]+"),
+    ("py:(class|exc)", r"\w+|(collections|contextlib|flax|jax|nnx|np|numpy|optax)\.[\w.]+"),
     # Types that properties have but that no package exports.
     ("py:class", r"meshwright\.(sharding|models|train)\.\w+\.\w+"),
 ]
