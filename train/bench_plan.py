@@ -18,15 +18,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.models.config import Remat, named
 from meshwright.sharding.chips import chip_of
-from meshwright.sharding.errors import MissingExtraError
-from meshwright.sharding.planned import PlanReport
-from meshwright.sharding.topology import Topology
+from meshwright.train.bench_traffic import compiled
 from meshwright.train.config import TrainConfig
 from meshwright.train.estimate import Estimate, estimate
 from meshwright.train.estimate_memory import MARGIN
@@ -176,7 +174,7 @@ def memory_errors(config: TrainConfig) -> int:
     """Print predicted and compiled peaks of all plans; 1 if one that does not fit was let pass."""
     found, false_fits = [], 0
     for part, cases in (("chosen", CHOSEN), ("held out", HELD_OUT)):
-        for case, plan, report in _compiled(cases, config):
+        for case, plan, report in compiled(cases, config):
             ours = predicted(plan).memory.peak_bytes or 0
             peak, limit = report.memory.peak_bytes or 0, report.memory.limit_bytes or 0
             let_pass = predicted(plan, MARGIN).memory.fits
@@ -204,7 +202,7 @@ def memory_errors(config: TrainConfig) -> int:
 def ranking(config: TrainConfig) -> int:
     """Print step times by closed forms and from compiled programs, and how alike their order is."""
     found = []
-    for case, plan, report in _compiled(RANKED, config):
+    for case, plan, report in compiled(RANKED, config):
         ours, theirs = predicted(plan).time, report.time
         times = [
             (one.step_seconds_low or 0.0, one.step_seconds_high or 0.0) for one in (ours, theirs)
@@ -254,23 +252,6 @@ def _ranks(values: Sequence[float]) -> list[float]:
     ordered = sorted(values)
     first = {value: place for place, value in reversed(list(enumerate(ordered)))}
     return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
-
-
-def _compiled(
-    cases: Iterable[Case], base: TrainConfig
-) -> Iterator[tuple[Case, RunPlan, PlanReport]]:
-    chip = None if base.topology == "auto" else Topology.parse(base.topology).chip
-    missing: set[str] = set()
-    for case in cases:
-        topology = Topology.parse(case.topology)
-        if topology.kind in missing or chip not in (None, topology.chip):
-            continue
-        plan = RunPlan.of(case.config(base))
-        try:
-            yield case, plan, plan.compile()
-        except MissingExtraError as error:
-            missing.add(topology.kind)
-            _say(f"left out: {error}")
 
 
 def _words(case: Case) -> str:

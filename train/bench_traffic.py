@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from meshwright.models.config import Remat, named
 from meshwright.sharding.errors import MissingExtraError
@@ -29,7 +29,23 @@ from meshwright.sharding.topology import Topology
 from meshwright.train.config import TrainConfig, Zero
 from meshwright.train.run_plan import RunPlan
 
-__all__ = ["PLANS", "Planned", "compiled", "traffic", "words_of"]
+__all__ = ["PLANS", "Compilable", "Planned", "compiled", "traffic", "words_of"]
+
+
+class Compilable(Protocol):
+    """A plan of a benchmark."""
+
+    @property
+    def topology(self) -> str:
+        """Hardware to compile for."""
+        ...
+
+    def config(self, base: TrainConfig) -> TrainConfig:
+        """The run, other settings as ``base`` has them."""
+        ...
+
+
+_Plan = TypeVar("_Plan", bound=Compilable)
 
 
 @dataclass(frozen=True)
@@ -174,8 +190,8 @@ def traffic(config: TrainConfig) -> int:
 
 
 def compiled(
-    plans: Iterable[Planned], config: TrainConfig
-) -> Iterator[tuple[Planned, RunPlan, PlanReport]]:
+    plans: Iterable[_Plan], config: TrainConfig
+) -> Iterator[tuple[_Plan, RunPlan, PlanReport]]:
     """Compile plans, one at a time; those of a compiler that is not installed are left out.
 
     Args:
@@ -193,4 +209,4 @@ def compiled(
             yield plan, run, run.compile()
         except MissingExtraError as error:
             missing.add(topology.kind)
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {error}", file=sys.stderr, flush=True)
