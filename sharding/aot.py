@@ -59,7 +59,7 @@ _CHILD = {
 # Settings that describe this machine, or that would change what a compile means.
 _DROPPED = re.compile(
     r"(TPU_(?!LIBRARY_PATH)|MEGASCALE_|CLOUD_TPU_|JAX_COMPILATION_CACHE|JAX_DISABLE_JIT"
-    r"|JAX_NUM_CPU_DEVICES|JAX_COORDINATOR|PYTHON(WARNINGS|INSPECT|BREAKPOINT))"
+    r"|JAX_DISABLE_MOST_OPTIMIZATIONS|JAX_NUM_CPU_DEVICES|JAX_COORDINATOR|PYTHON(WARNINGS|INSPECT|BREAKPOINT))"
 )
 # jaxlib aborts on flags of libtpu's, which belong in LIBTPU_INIT_ARGS; the number of simulated
 # devices is the topology's.

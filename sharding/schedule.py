@@ -17,6 +17,7 @@ schedule         delay                    units held at once      idle share of 
 ``gpipe``        after all forward units  m                       (p - 1) / (m + p - 1)
 ``1f1b``         p - 1: at once           2p - 1                  (p - 1) / (m + p - 1)
 ``interleaved``  vp - 1: at once          (v + 1)p - 1, each 1/v  (p - 1) / (vm + p - 1)
+``v-shape``      2p - 1: at once          2p, each a half         (p - 1/2) / (m + p - 1/2)
 ===============  =======================  ======================  ==============================
 
 Ticks before the delay run forwards only and ticks after the last forward unit backwards only, so
@@ -24,10 +25,14 @@ that idle time is (p - 1) units of either kind and no more. GPipe: Huang et al. 
 Narayanan et al., PipeDream, 2019; interleaved: Narayanan et al. 2021, section 2.2.
 
 Lockstep costs memory: a stage has its gradient 2(p - 1 - i) ticks after it sent its activation,
-where machines that alternate freely hold p - i microbatches. Ours holds 2(p - 1 - i) + 1, and
-arrays are as large on every stage: 2p - 1, but never m. The alternative, half ticks in which odd
-stages run forwards while even ones run backwards, holds p, but every half tick then lasts as long
-as a backward unit: a quarter to a half more time.
+where machines that alternate freely hold p - i microbatches. Under ``1f1b`` ours holds
+2(p - 1 - i) + 1, and arrays are as large on every stage: 2p - 1, but never m. ``v-shape`` evens
+that out: the model goes down the stages and up again, so that a stage has chunk i, which waits
+long, and chunk 2p - 1 - i, which does not: together what p microbatches leave, on every stage. It
+costs what two chunks cost, twice the messages, and half a tick, as pairs of ticks are what repeats.
+The placement is that of Qi et al., "Pipeline parallelism with controllable memory", 2024. The
+alternative, half ticks in which odd stages run forwards while even ones run backwards, holds p as
+well, but every half tick then lasts as long as a backward unit: a quarter to a half more time.
 
 Arithmetic only: no mesh and no jax.
 """
@@ -44,9 +49,9 @@ from meshwright.sharding.errors import PlacementError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Schedule", "ScheduleKind", "Units", "layer_slots"]
+__all__ = ["Loop", "Schedule", "ScheduleKind", "Units", "layer_slots"]
 
-ScheduleKind = Literal["1f1b", "gpipe", "interleaved"]
+ScheduleKind = Literal["1f1b", "gpipe", "interleaved", "v-shape"]
 """The order of a pipeline's work."""
 
 
@@ -81,6 +86,35 @@ class Units:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Ticks that repeat.
+
+    Attributes:
+        start: the first of them.
+        repeats: how often all parts run.
+        parts: one after the other, ticks of each and whether microbatches come out of the model's
+            last chunk at them.
+        forwards, backwards: which units there are.
+    """
+
+    start: int
+    repeats: int
+    parts: tuple[tuple[int, bool], ...]
+    forwards: bool = False
+    backwards: bool = False
+
+    @property
+    def size(self) -> int:
+        """Ticks of one repeat."""
+        return sum(ticks for ticks, _ in self.parts)
+
+    @property
+    def stop(self) -> int:
+        """The tick after all of them."""
+        return self.start + self.repeats * self.size
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A pipeline's work over time.
 
@@ -88,10 +122,12 @@ class Schedule:
         kind: which order.
         stages: p.
         microbatches: m, at least p; a multiple of p where chunks are interleaved.
-        chunks: v, groups of layers a stage holds; 1 unless interleaved.
+        chunks: v, groups of layers a stage holds; 1 unless interleaved, 2 of a v-shape.
 
     >>> [Schedule(kind, 4, 12).slots for kind in ("gpipe", "1f1b")]
     [12, 7]
+    >>> Schedule("v-shape", 4, 12, 2).slots  # of half the layers
+    8
     >>> Schedule("1f1b", 4, 12).idle_fraction, Schedule("interleaved", 4, 12, 2).idle_fraction
     (0.2, 0.1111111111111111)
     """
@@ -103,6 +139,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(ScheduleKind), self.kind
+        assert self.chunks == 2 or not self.folded, self.chunks
         p, m, v = self.stages, self.microbatches, self.chunks
         where = f"stage={p}, {m} microbatches"
         if m < p:
@@ -112,7 +149,7 @@ class Schedule:
                 why=f"{m} is less than {p}: some stage would never have work",
                 fix=f"use --grad-accum {p} or more, or stage={m} or less",
             )
-        if v > 1 and m % p:
+        if v > 1 and m % p and not self.folded:
             below = m // p * p
             raise PlacementError(
                 f"cannot interleave {m} microbatches over {p} stages",
@@ -127,21 +164,32 @@ class Schedule:
         return self.microbatches * self.chunks
 
     @property
+    def folded(self) -> bool:
+        """Whether chunks go down the stages and up again; else they go round."""
+        return self.kind == "v-shape"
+
+    @property
+    def end(self) -> int:
+        """The stage with the model's last chunk."""
+        return 0 if self.folded else self.stages - 1
+
+    @property
     def delay(self) -> int:
-        """The tick at which the last stage does its first backward unit."""
+        """The tick at which the last chunk does its first backward unit."""
         if self.kind == "gpipe":
             return self.forward_ticks
         return self.chunks * self.stages - 1
 
     @property
     def forward_ticks(self) -> int:
-        """Ticks until the last stage has done its last forward unit."""
-        return self.units + self.stages - 1
+        """Ticks that run forwards. Of a v-shape there are ticks in pairs, at the first of which a
+        microbatch comes out of the last chunk: there is nothing for the very last of them."""
+        return self.units + (2 * self.stages - 1 if self.folded else self.stages - 1)
 
     @property
     def ticks(self) -> int:
         """Ticks of a step; those with a unit in both directions last as long as one of each."""
-        return self.delay + self.units + self.stages - 1
+        return self.delay + self.forward_ticks - self.folded
 
     @property
     def slots(self) -> int:
@@ -155,46 +203,96 @@ class Schedule:
 
     @property
     def idle_fraction(self) -> float:
-        """Part of a step that a stage is idle, in either direction."""
-        return (self.stages - 1) / self.forward_ticks
+        """Part of a step that a stage is idle forwards; backwards it is no more."""
+        return (self.forward_ticks - self.units) / self.forward_ticks
+
+    def loops(self) -> tuple[Loop, ...]:
+        """All ticks in order, as loops of which each is compiled once."""
+        p, m, v, both = self.stages, self.microbatches, self.chunks, self.returns_at_once
+        if self.folded:
+            quiet = (1, False)
+            return (
+                Loop(0, 1, (quiet,), forwards=True),
+                Loop(1, p - 1, (quiet, quiet), forwards=True),
+                Loop(2 * p - 1, m, ((1, True), quiet), forwards=True, backwards=True),
+                Loop(2 * (p + m) - 1, p - 1, (quiet, quiet), backwards=True),
+            )
+        # The head has its first work when a unit has been through all stages and chunks; then as
+        # many ticks in a row as there are stages, once a round of all chunks.
+        arrives, forward = p * v - 1, self.forward_ticks
+        first = p if v > 1 else forward - arrives
+        rest = max(0, forward - arrives - first) // (p * v)
+        left = max(forward, self.delay)
+        return (
+            Loop(0, 1, ((arrives, False),), forwards=True),
+            Loop(arrives, 1, ((first, True),), forwards=True, backwards=both),
+            Loop(arrives + p, rest, ((p * v - p, False), (p, True)), forwards=True, backwards=both),
+            Loop(left, 1, ((self.ticks - left, False),), backwards=True),
+        )
+
+    def sends(self, tick: int, by: int, *, around: bool = True) -> tuple[tuple[int, int], ...]:
+        """Who sends to whom what was made at a tick: pairs of a stage and the one with the chunk
+        that follows (``by`` 1), or comes before (-1); that may be the same stage.
+
+        Args:
+            tick: of what is sent; matters where chunks go down and up.
+            by: 1 for activations, -1 for their gradients.
+            around: also from the last stage to the first, where chunks go round.
+
+        >>> Schedule("v-shape", 3, 6, 2).sends(0, 1)
+        ((0, 1), (1, 0), (2, 2))
+        """
+        p = self.stages
+        if self.folded:
+            ways = [by if (tick - stage) % 2 == 0 else -by for stage in range(p)]
+            pairs = [(stage, min(stage + way, p - 1)) for stage, way in enumerate(ways)]
+            return tuple((stage, to) for stage, to in pairs if to >= 0)
+        pairs = [(stage, (stage + by) % p) for stage in range(p)]
+        if self.chunks == 1 or not around:
+            pairs = [(stage, to) for stage, to in pairs if to - stage == by]
+        return tuple(pairs)
 
     def forward(self) -> Units:
         """Forward units, [forward_ticks, stages]."""
         import numpy as np
 
-        stage = np.arange(self.stages)
-        return self._units(np.arange(self.forward_ticks)[:, None] - stage)
+        tick = np.arange(self.forward_ticks)[:, None]
+        if self.folded:
+            return self._down_and_up(tick, 0)
+        return self._round(tick - np.arange(self.stages))
 
     def backward(self) -> Units:
         """Backward units, [ticks - delay, stages]; the first row is the tick ``delay``."""
         import numpy as np
 
-        stage = np.arange(self.stages)[::-1]
-        place = np.arange(self.ticks - self.delay)[:, None] - stage
+        tick = np.arange(self.ticks - self.delay)[:, None]
+        if self.folded:
+            return self._down_and_up(tick, 1)
+        place = tick - np.arange(self.stages)[::-1]
         chunk = place // self.stages % self.chunks
         mirrored = place + (self.chunks - 1 - 2 * chunk) * self.stages
-        return self._units(mirrored, (place >= 0) & (place < self.units))
+        return self._round(mirrored, (place >= 0) & (place < self.units))
 
     @functools.cached_property
     def _slots(self) -> np.ndarray:
-        """The slot of each unit, [units]: the lowest that is free."""
+        """The slot of each unit, the lowest that is free: [units], or [stages, units] where stages
+        differ; of a v-shape unit 2i + c is microbatch i in chunk c."""
         import numpy as np
 
+        if self.folded:
+            stage, at = np.arange(self.stages)[:, None], np.arange(self.units)
+            late = 2 * self.stages - 1 - stage
+            starts = at // 2 * 2 + np.where(at % 2, late, stage)
+            ends = at // 2 * 2 + self.delay + np.where(at % 2, stage, late)
+            return np.stack([_free_slots(*both) for both in zip(starts, ends, strict=True)])
         place = np.arange(self.units)
         chunk = place // self.stages % self.chunks
         returned = np.argsort(place + (self.chunks - 1 - 2 * chunk) * self.stages)
         # The first stage waits longest; what suits it suits all.
-        ends = self.delay + returned + self.stages - 1
-        found, free, held = np.zeros(self.units, np.int32), list[int](), list[tuple[int, int]]()
-        for unit in range(self.units):
-            while held and held[0][0] < unit:
-                heapq.heappush(free, heapq.heappop(held)[1])
-            slot = heapq.heappop(free) if free else len(held)
-            found[unit] = slot
-            heapq.heappush(held, (int(ends[unit]), slot))
-        return found
+        return _free_slots(place, self.delay + returned + self.stages - 1)
 
-    def _units(self, unit: np.ndarray, valid: np.ndarray | None = None) -> Units:
+    def _round(self, unit: np.ndarray, valid: np.ndarray | None = None) -> Units:
+        """Chunks go round: which unit, in the order of rounds, [ticks, stages]."""
         import numpy as np
 
         if valid is None:
@@ -203,29 +301,69 @@ class Schedule:
         # A round is as many microbatches as stages; without chunks to change it is no matter.
         group, chunk = unit // (self.stages * self.chunks), unit // self.stages % self.chunks
         microbatch = group * self.stages + unit % self.stages
-        stage = np.broadcast_to(np.arange(self.stages), unit.shape)
+        return self._units(microbatch, chunk, self._slots[unit], valid)
+
+    def _down_and_up(self, tick: np.ndarray, arrives_in: int) -> Units:
+        """Chunks go down and up; both directions are the same with chunks reversed. A microbatch
+        enters at every other tick, so that a stage's two chunks have ticks of their own."""
+        import numpy as np
+
+        stage = np.arange(self.stages)
+        turned = (tick - stage) % 2
+        since = tick - np.where(turned, 2 * self.stages - 1 - stage, stage)
+        valid = (since >= 0) & (since < self.units)
+        microbatch = np.where(valid, since // 2, 0)
+        chunk = np.where(valid, turned ^ arrives_in, 0)
+        slot = self._slots[stage, 2 * microbatch + chunk]
+        return self._units(microbatch, chunk, slot, valid)
+
+    def _units(
+        self, microbatch: np.ndarray, chunk: np.ndarray, slot: np.ndarray, valid: np.ndarray
+    ) -> Units:
+        import numpy as np
+
+        stage = np.broadcast_to(np.arange(self.stages), valid.shape)
         return Units(
             microbatch=microbatch.astype(np.int32),
             chunk=chunk.astype(np.int32),
-            slot=self._slots[unit],
+            slot=slot.astype(np.int32),
             valid=valid,
             first=valid & (stage == 0) & (chunk == 0),
-            last=valid & (stage == self.stages - 1) & (chunk == self.chunks - 1),
+            last=valid & (stage == self.end) & (chunk == self.chunks - 1),
         )
 
 
-def layer_slots(layers: int, stages: int, chunks: int = 1) -> tuple[int | None, ...]:
+def _free_slots(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The lowest slot that is free for each of some units, from its start through its end."""
+    import numpy as np
+
+    found, free, held = np.zeros(len(starts), np.int32), list[int](), list[tuple[int, int]]()
+    for unit in np.argsort(starts, kind="stable"):
+        while held and held[0][0] < starts[unit]:
+            heapq.heappush(free, heapq.heappop(held)[1])
+        slot = heapq.heappop(free) if free else len(held)
+        found[unit] = slot
+        heapq.heappush(held, (int(ends[unit]), slot))
+    return found
+
+
+def layer_slots(
+    layers: int, stages: int, chunks: int = 1, *, folded: bool = False
+) -> tuple[int | None, ...]:
     """Which layer of the model each place of the stacked layers holds; None for an empty place.
 
     The places are split evenly over the stages, in order. Chunk c of the model, its c-th group of
-    layers in order, lies on stage c mod p. Where the layers do not divide, some chunks have one
-    less: the last first, as its stage also has the head's work to wait for, then the first ones.
+    layers in order, lies on stage c mod p; ``folded``, the second of two chunks in reverse. Where
+    the layers do not divide, some chunks have one less: the last first, as its stage also has the
+    head's work to wait for, then the first ones.
 
     Raises:
         PlacementError: more chunks than layers.
 
     >>> layer_slots(4, 2), layer_slots(4, 2, chunks=2)
     ((0, 1, 2, 3), (0, 2, 1, 3))
+    >>> layer_slots(4, 2, chunks=2, folded=True)
+    (0, 3, 1, 2)
     >>> layer_slots(5, 3)
     (0, 1, 2, 3, 4, None)
     """
@@ -248,7 +386,7 @@ def layer_slots(layers: int, stages: int, chunks: int = 1) -> tuple[int | None, 
     found: list[int | None] = []
     for stage in range(stages):
         for chunk in range(chunks):
-            group = chunk * stages + stage
+            group = chunk * stages + (stages - 1 - stage if folded and chunk else stage)
             inside = range(starts[group], starts[group] + held[group])
             found += [*inside, *[None] * (size - held[group])]
     return tuple(found)

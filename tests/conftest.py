@@ -33,6 +33,8 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 for option, value in {
+    # What a test checks is the same program; it runs for milliseconds and compiles for seconds.
+    "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(CACHE),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -18,16 +18,17 @@ from meshwright.sharding.schedule import Schedule, ScheduleKind, Units, layer_sl
 def schedules(draw: st.DrawFn) -> Schedule:
     kind = draw(st.sampled_from(get_args(ScheduleKind)))
     stages = draw(st.integers(1, 6))
-    chunks = draw(st.integers(2, 4)) if kind == "interleaved" else 1
+    chunks = {"interleaved": draw(st.integers(2, 4)), "v-shape": 2}.get(kind, 1)
     rounds, more = draw(st.integers(1, 5)), draw(st.integers(0, stages - 1))
-    microbatches = stages * rounds + (0 if chunks > 1 else more)
+    microbatches = stages * rounds + (0 if kind == "interleaved" else more)
     return Schedule(kind, stages, microbatches, chunks)
 
 
-def unit(units: Units, tick: int, stage: int, stages: int) -> tuple[int, int, int]:
+def unit(schedule: Schedule, units: Units, tick: int, stage: int) -> tuple[int, int, int]:
     """Microbatch, place in the model, and slot."""
-    chunk = int(units.chunk[tick, stage])
-    return int(units.microbatch[tick, stage]), chunk * stages + stage, int(units.slot[tick, stage])
+    chunk, p = int(units.chunk[tick, stage]), schedule.stages
+    place = chunk * p + (p - 1 - stage if schedule.folded and chunk else stage)
+    return int(units.microbatch[tick, stage]), place, int(units.slot[tick, stage])
 
 
 @given(schedules())
@@ -41,7 +42,7 @@ def test_every_unit_is_done_once_and_after_what_it_needs(schedule: Schedule) -> 
     for tick in range(schedule.ticks):
         for stage in range(p) if tick < schedule.forward_ticks else ():
             if there.valid[tick, stage]:
-                microbatch, place, slot = unit(there, tick, stage, p)
+                microbatch, place, slot = unit(schedule, there, tick, stage)
                 assert (microbatch, place) not in done
                 if place:
                     # What a stage sends is there at the next tick, and not kept for later.
@@ -53,7 +54,7 @@ def test_every_unit_is_done_once_and_after_what_it_needs(schedule: Schedule) -> 
         row = tick - schedule.delay
         for stage in range(p) if row >= 0 else ():
             if back.valid[row, stage]:
-                microbatch, place, slot = unit(back, row, stage, p)
+                microbatch, place, slot = unit(schedule, back, row, stage)
                 assert held.pop((stage, slot)) == (microbatch, place)
                 if place < groups - 1:
                     assert returned[microbatch, place + 1] == tick - 1
@@ -68,8 +69,14 @@ def test_every_unit_is_done_once_and_after_what_it_needs(schedule: Schedule) -> 
 @settings(max_examples=60, deadline=None)
 def test_idle_ticks_are_the_closed_form(schedule: Schedule) -> None:
     p, m, v = schedule.stages, schedule.microbatches, schedule.chunks
-    expected = bubble_fraction(p, m, chunks=v)
-    assert schedule.idle_fraction == pytest.approx(expected)
+    if schedule.folded:
+        # As without chunks, and the half tick forwards that makes pairs of them.
+        expected = bubble_fraction(p, m)
+        assert schedule.idle_fraction == pytest.approx((p - 0.5) / (m + p - 0.5))
+        assert not schedule.forward().valid[-1].any()
+    else:
+        expected = bubble_fraction(p, m, chunks=v)
+        assert schedule.idle_fraction == pytest.approx(expected)
     for units in (schedule.forward(), schedule.backward()):
         # A tick with work for any stage lasts one unit; stages without work wait.
         lasting = int(units.valid.any(axis=1).sum())
@@ -78,9 +85,52 @@ def test_idle_ticks_are_the_closed_form(schedule: Schedule) -> None:
 
 @given(schedules())
 @settings(max_examples=60, deadline=None)
+def test_what_is_sent_arrives_where_it_is_needed(schedule: Schedule) -> None:
+    """What a stage makes at a tick is on the stage that has the unit after it at the next one."""
+    for units, by, first in ((schedule.forward(), 1, 0), (schedule.backward(), -1, schedule.delay)):
+        for row in range(len(units.valid) - 1):
+            sent = dict(schedule.sends(first + row, by))
+            assert len(set(sent.values())) == len(sent), "every stage receives from one at most"
+            for stage in range(schedule.stages):
+                if not units.valid[row, stage]:
+                    continue
+                microbatch, place, _ = unit(schedule, units, row, stage)
+                if not 0 <= place + by < schedule.stages * schedule.chunks:
+                    assert schedule.folded <= (stage not in sent)
+                    continue
+                to = sent[stage]
+                assert units.valid[row + 1, to]
+                assert unit(schedule, units, row + 1, to)[:2] == (microbatch, place + by)
+
+
+@given(schedules())
+@settings(max_examples=60, deadline=None)
+def test_loops_are_all_ticks_in_order(schedule: Schedule) -> None:
+    tick, there, back = 0, schedule.forward(), schedule.backward()
+    for loop in schedule.loops():
+        if loop.stop == loop.start or not loop.repeats:
+            continue
+        assert loop.start == tick
+        assert not schedule.folded or loop.repeats == 1 or loop.size % 2 == 0
+        for _ in range(loop.repeats):
+            for ticks, head in loop.parts:
+                for now in range(tick, tick + ticks):
+                    assert loop.forwards == (now < schedule.forward_ticks)
+                    assert loop.backwards == (now >= schedule.delay)
+                    if loop.forwards:
+                        assert head or not there.last[now].any()
+                    if loop.backwards and schedule.returns_at_once and not head:
+                        assert not back.last[now - schedule.delay].any()
+                tick += ticks
+        assert tick == loop.stop
+    assert tick == schedule.ticks
+
+
+@given(schedules())
+@settings(max_examples=60, deadline=None)
 def test_slots_are_as_many_as_the_first_stage_needs(schedule: Schedule) -> None:
     p, m, v = schedule.stages, schedule.microbatches, schedule.chunks
-    most = m if schedule.kind == "gpipe" else (v + 1) * p - 1
+    most = {"gpipe": m, "v-shape": 2 * p}.get(schedule.kind, (v + 1) * p - 1)
     assert schedule.slots == min(m * v, most)
 
 
@@ -92,17 +142,20 @@ def test_interleaving_idles_less_than_gpipe_as_the_formula_says() -> None:
     assert twice.forward_ticks / 2 < gpipe.forward_ticks
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3))
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_every_layer_has_one_place(layers: int, stages: int, chunks: int) -> None:
+def test_every_layer_has_one_place(layers: int, stages: int, chunks: int, folded: bool) -> None:
+    folded = folded and chunks == 2
     if stages * chunks > layers:
         with pytest.raises(PlacementError, match="some group would have no layer"):
             layer_slots(layers, stages, chunks)
         return
-    places = layer_slots(layers, stages, chunks)
+    places = layer_slots(layers, stages, chunks, folded=folded)
     assert sorted(place for place in places if place is not None) == list(range(layers))
     assert len(places) == stages * chunks * -(-layers // (stages * chunks))
     grid = np.array([-1 if p is None else p for p in places]).reshape(stages, chunks, -1)
+    if folded:
+        grid[:, 1] = grid[::-1, 1].copy()
     # Chunk c of the model is on stage c mod p; within it layers are in order, empty places last.
     in_order = [x for x in grid.transpose(1, 0, 2).reshape(-1).tolist() if x >= 0]
     assert in_order == list(range(layers))

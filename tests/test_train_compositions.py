@@ -77,7 +77,7 @@ def chosen(found: list[Composition]) -> list[Composition]:
     """Of pairs with stages one schedule each, another one for the next pair."""
     pairs = [pair for pair in found if staged(pair)]
     others = list(dict.fromkeys(pair.ways[1] for pair in pairs))
-    mine = {(SCHEDULES[at % 3], other) for at, other in enumerate(others)}
+    mine = {(SCHEDULES[at % len(SCHEDULES)], other) for at, other in enumerate(others)}
     return [pair for pair in found if not staged(pair) or pair.ways in mine]
 
 

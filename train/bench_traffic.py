@@ -58,7 +58,7 @@ class Planned:
         batch_size, seq_len: rows of a step, tokens of a row.
         remat, grad_accum, zero, sequence: as in the configuration.
         context: how attention crosses a context axis.
-        schedule: of a pipeline; interleaved ones have two groups of layers a stage.
+        schedule: of a pipeline; interleaved ones and v-shapes have two groups of layers a stage.
         capacity_factor: of experts; None drops no token.
         layers, vocab_size: other than the named model's; None as they are.
     """
@@ -141,6 +141,7 @@ PLANS = (
     Planned("h100:1x4", "stage=4", "llama-1b", 64, grad_accum=64),
     Planned("h100:1x4", "stage=4", "llama-1b", 64, grad_accum=64, schedule="gpipe"),
     Planned("h100:1x4", "stage=4", "llama-1b", 32, grad_accum=32, schedule="interleaved"),
+    Planned("h100:1x4", "stage=4", "llama-1b", 96, grad_accum=96, schedule="v-shape"),
     Planned("h100:2x8", "expert=8,fsdp=2", "mixtral-8x7b", 16, capacity_factor=1.25),
     Planned("h100:2x8", "stage=2,tensor=8", "llama3-8b", 32, grad_accum=32, sequence=True),
     Planned("h100:8x8", "fsdp=64", "llama3-8b", 64, 2048),

@@ -2,7 +2,7 @@
 
 A mesh axis is used in one of a few *ways*: the data axis for plain data parallelism or a ZeRO
 stage, the tensor axis with or without sequence parallelism, the context axis with one of three
-kinds of attention, the stage axis with one of three schedules. A composition is a choice of axes
+kinds of attention, the stage axis with one of four schedules. A composition is a choice of axes
 and a way for each, so *all* of them can be listed, and a new way is in every list as soon as it is
 in `WAYS`. What a composition leaves open (microbatches, how they are summed, the order of tokens,
 what is recomputed; the schedule where there are three axes) is dealt round over the list, so that
@@ -30,6 +30,7 @@ WAYS: Ways = {
         "1f1b": {"schedule": "1f1b"},
         "gpipe": {"schedule": "gpipe"},
         "interleaved": {"schedule": "interleaved"},
+        "v-shape": {"schedule": "v-shape"},
     },
     "data": {"data": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}},
     "fsdp": {"fsdp": {}},
@@ -96,7 +97,7 @@ def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
         for chosen in itertools.product(*options):
             ways = chosen
             if dealt:
-                ways = (list(among["stage"])[number % 3], *chosen[1:])
+                ways = (list(among["stage"])[number % len(among["stage"])], *chosen[1:])
             fields: dict[str, Any] = {}
             for axis, way in zip(axes, ways, strict=True):
                 fields |= among[axis][way]

@@ -195,7 +195,8 @@ class PipelineConfig:
 
     schedule: ScheduleKind = "1f1b"
     """1f1b: a microbatch goes back as soon as it has arrived; few are in memory. gpipe: all go
-    forward first. interleaved: each stage holds several groups of layers; less idle time."""
+    forward first. interleaved: each stage holds several groups of layers; less idle time.
+    v-shape: two groups, down the stages and up again; half of what 1f1b keeps in memory."""
     chunks: int = 2
     """Groups of layers a stage holds where they are interleaved."""
 

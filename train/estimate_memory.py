@@ -210,8 +210,9 @@ def _sizes(placement: Placement, itemsize: int, fused: bool, kind: str, ahead: b
     tokens, split, parts = placement.tokens, placement.split, placement.parts
     kept, lanes = 0.0, LANES[kind]
     length = placement.config.seq_len
+    summed = kind == "gpu" and split("mlp") > 1 and split("sequence") == 1
     for found in kept_activations(
-        model, itemsize=itemsize, fused_attention=fused, length=length, lanes=lanes
+        model, itemsize=itemsize, fused_attention=fused, length=length, lanes=lanes, summed=summed
     ):
         share = 1
         for dim in found.dims:
@@ -353,7 +354,12 @@ def _backward(
         found["scores"] = sizes.scores * 2 * (4 + itemsize)
         if model.remat == "none":
             found["scores"] += _hole(placement, sizes)
+    elif placement.schedule and kind == "gpu":
+        found |= _of_two_units(placement, sizes)
     recomputed = 0 if model.remat == "none" else 2
+    if recomputed and fused and model.experts.capacity_factor is not None:
+        # A third of their width, of gradients, and as many rows as their buffers have places.
+        found["experts' buffers"] = (3 * model.experts.capacity_factor - recomputed) * sizes.hidden
     matrices = 3 if model.activation == "swiglu" else 2
     attention = sizes.layer - matrices * sizes.mlp_weight
     # An all-reduce between MLP and attention keeps a scheduler from mixing the two.
@@ -365,6 +371,17 @@ def _backward(
         + sizes.whole_rows
         + streams * sizes.stream  # float32 norms and their gradients, and the compute dtype's
     )
+    return found
+
+
+def _of_two_units(placement: Placement, sizes: _Sizes) -> dict[str, float]:
+    """What a tick of a pipeline holds besides: gradients of a unit's layers, made and copied out of
+    their loop, and where there are both directions, what the other one's unit leaves."""
+    schedule = placement.schedule
+    assert schedule is not None
+    found = {"gradients of a unit": sizes.layers_gradients}
+    if schedule.returns_at_once and placement.config.model.remat != "none":
+        found["activations of a unit"] = (sizes.inputs + sizes.kept) / (schedule.slots + 1)
     return found
 
 

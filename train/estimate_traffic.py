@@ -353,9 +353,11 @@ def _context(moves: _Moves, itemsize: int) -> None:
 
 
 def _stages(moves: _Moves, itemsize: int) -> None:
-    """What stages pass on, the mean over them: the last sends nothing on, the first nothing back.
+    """What stages pass on, the mean over them: the last sends nothing on, the first nothing back;
+    where chunks go down and up, the last keeps what it has made at the turn.
 
-    Besides, the last stage deals its tokens to all, for the head, and gets their gradients back.
+    Besides, the stage with the last chunk deals its tokens to all, for the head, and gets their
+    gradients back.
     """
     placement, schedule = moves.placement, moves.placement.schedule
     if schedule is None:
@@ -365,7 +367,7 @@ def _stages(moves: _Moves, itemsize: int) -> None:
     dealt = (schedule.stages - 1) / schedule.stages**2 * stream
     phases: tuple[Phase, ...] = ("forward", "backward")
     for phase in phases:
-        hop = (schedule.chunks - 1 / schedule.stages) * stream
+        hop = (schedule.chunks - (1 + schedule.folded) / schedule.stages) * stream
         moves.add("collective-permute", placement.stage, hop, phase, "stages", itemsize=itemsize)
         moves.add(
             "collective-permute", placement.stage, dealt, phase, "head's tokens",

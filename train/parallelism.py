@@ -156,7 +156,7 @@ def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:
         raise RulesError(
             f"cannot use pipeline.{name}={value}",
             where=f"mesh {mesh}, pipeline.schedule={config.pipeline.schedule}",
-            why="stages hold several groups of layers only where they are interleaved"
+            why="the groups of layers on a stage are a choice only where they are interleaved"
             if staged
             else "it says how microbatches cross the stage axis, and there is none",
             fix=f"add --pipeline.schedule interleaved, or leave --pipeline.{name} out"
@@ -181,7 +181,7 @@ def choose_schedule(how: PipelineConfig, stages: int, microbatches: int) -> Sche
     Raises:
         PlacementError: microbatches that the stages cannot be filled with.
     """
-    chunks = how.chunks if how.schedule == "interleaved" else 1
+    chunks = {"interleaved": how.chunks, "v-shape": 2}.get(how.schedule, 1)
     return Schedule(how.schedule, stages, microbatches, chunks)
 
 
@@ -194,9 +194,9 @@ def choose_places(config: TrainConfig, mesh: MeshSpec) -> tuple[int | None, ...]
     stages = mesh.sizes.get("stage", 1)
     if stages == 1:
         return ()
-    chunks = choose_schedule(config.pipeline, stages, config.grad_accum).chunks
+    schedule = choose_schedule(config.pipeline, stages, config.grad_accum)
     layers = config.model.layers - config.model.experts.first_dense
-    places = layer_slots(layers, stages, chunks)
+    places = layer_slots(layers, stages, schedule.chunks, folded=schedule.folded)
     return () if places == tuple(range(layers)) else places
 
 

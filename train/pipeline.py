@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meshwright.models.pure import LAYERS
-from meshwright.sharding.schedule import Schedule, Units
+from meshwright.sharding.schedule import Loop, Schedule, Units
 from meshwright.train.replicas import Batch, Replicas
 from meshwright.train.stages import StageModel, floats_of, joined
 from meshwright.train.stagewise import Stagewise
@@ -46,7 +46,7 @@ __all__ = ["Pipeline"]
 _State = dict[str, Any]
 """What ticks hand on: ``x`` (arrived at each stage), ``grad`` (of what each stage has taken back,
 not sent yet), ``kept`` (what units leave for their way back), ``losses`` (gradients of the last
-stage's results), ``sums`` (gradients so far), ``plain`` (loss so far) and ``load`` (of experts, so
+chunk's results), ``sums`` (gradients so far), ``plain`` (loss so far) and ``load`` (of experts, so
 far)."""
 
 _Tick = dict[str, jax.Array]
@@ -83,18 +83,9 @@ class Pipeline:
             Float32 accumulators as `Weights.zero_accumulators` lays them out, and sums.
         """
         run = _Run(self, working, batch, scale)
-        state, schedule = run.start(), self.schedule
-        forward, back = schedule.forward_ticks, schedule.delay
-        # The head has its first work when a unit has been through all stages and chunks; then as
-        # many ticks in a row as there are stages, once a round of all chunks.
-        arrives = schedule.stages * schedule.chunks - 1
-        rounds = forward if schedule.chunks == 1 else arrives + schedule.stages
-        both = schedule.returns_at_once
-        state = run.ticks(state, range(min(arrives, back)), forwards=True)
-        state = run.ticks(state, range(arrives, rounds), forwards=True, backwards=both, head=True)
-        state = run.rounds(state, range(rounds, forward))
-        left = range(max(forward, back), schedule.ticks)
-        state = run.ticks(state, left, backwards=True)
+        state = run.start()
+        for loop in self.schedule.loops():
+            state = run.loop(state, loop)
         sums = {"plain": jnp.sum(state["plain"]), **run.load(state["load"])}
         return run.by_place(state["sums"]), sums
 
@@ -113,7 +104,7 @@ class _Run:
         self.schedule, self.scale, self.stream = pipeline.schedule, scale, pipeline.stream
         self.replicas, self.model = pipeline.replicas, pipeline.model
         self.weights = pipeline.model.weights
-        self.on_stage = Stagewise(self.replicas, self.schedule.chunks > 1)
+        self.on_stage = Stagewise(self.replicas, self.schedule.end)
         self.places = pipeline.live.reshape(self.schedule.stages, self.schedule.chunks, -1)
         self.working = {**working, LAYERS: self._by_chunk(working[LAYERS])}
         self.batch = {name: jnp.moveaxis(x, 0, self.on_stage.at) for name, x in batch.items()}
@@ -171,67 +162,63 @@ class _Run:
             "load": jax.tree.map(zeros, self.model.load(self.carry)),
         }
 
-    def ticks(
-        self,
-        state: _State,
-        ticks: range,
-        *,
-        forwards: bool = False,
-        backwards: bool = False,
-        head: bool = False,
-    ) -> _State:
-        """Ticks of one kind, as a loop."""
-        if not ticks:
+    def loop(self, state: _State, loop: Loop) -> _State:
+        """Ticks as a loop over their parts; a conditional in place of parts would put collectives
+        in a branch."""
+        if not loop.repeats or not loop.size:
             return state
-        units = self._units(ticks, forwards=forwards, backwards=backwards)
-        return jax.lax.scan(functools.partial(self._tick, head=head), state, units)[0]
+        units = self._units(loop)
+        if loop.repeats > 1:
+            units = jax.tree.map(lambda x: x.reshape(-1, loop.size, *x.shape[1:]), units)
+            return jax.lax.scan(
+                lambda state, units: (self._parts(state, units, loop), None), state, units
+            )[0]
+        return self._parts(state, units, loop)
 
-    def rounds(self, state: _State, ticks: range) -> _State:
-        """Ticks in both directions, a loop over rounds: those of the model's last chunk have a
-        head. A conditional in one loop would put its collectives in a branch."""
-        if not ticks:
-            return state
-        size = self.schedule.stages * self.schedule.chunks
-        units = self._units(ticks, forwards=True, backwards=True)
-        units = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), units)
-        without = size - self.schedule.stages
+    def _parts(self, state: _State, units: Any, loop: Loop) -> _State:
+        """One repeat of a loop."""
+        done = 0
+        for ticks, head in loop.parts:
+            # Which of the directions that alternate; the same at every repeat.
+            tick = functools.partial(self._tick, head=head, at=loop.start + done)
+            if ticks > 1:
+                part = jax.tree.map(operator.itemgetter(slice(done, done + ticks)), units)
+                state = jax.lax.scan(tick, state, part)[0]
+            elif ticks:
+                if done:
+                    # Else compilers mix the two, and hold the temporaries of both.
+                    state = jax.lax.optimization_barrier(state)
+                state = tick(state, jax.tree.map(operator.itemgetter(done), units))[0]
+            done += ticks
+        return state
 
-        def one(state: _State, units: Any) -> tuple[_State, None]:
-            for head, part in ((False, slice(without)), (True, slice(without, None))):
-                some = jax.tree.map(operator.itemgetter(part), units)
-                state = jax.lax.scan(functools.partial(self._tick, head=head), state, some)[0]
-            return state, None
-
-        return jax.lax.scan(one, state, units)[0]
-
-    def _units(
-        self, ticks: range, *, forwards: bool, backwards: bool
-    ) -> tuple[_Tick | None, _Tick | None]:
-        """What there is to do at some ticks, in each direction."""
+    def _units(self, loop: Loop) -> tuple[_Tick | None, _Tick | None]:
+        """What there is to do at the ticks of a loop, in each direction."""
         schedule = self.schedule
-        start, stop = ticks.start - schedule.delay, ticks.stop - schedule.delay
-        there = schedule.forward().between(ticks.start, ticks.stop) if forwards else None
-        back = schedule.backward().between(start, stop) if backwards else None
+        start, stop = loop.start - schedule.delay, loop.stop - schedule.delay
+        there = schedule.forward().between(loop.start, loop.stop) if loop.forwards else None
+        back = schedule.backward().between(start, stop) if loop.backwards else None
         return self._arrays(there), self._arrays(back)
 
     def _tick(
-        self, state: _State, units: tuple[_Tick | None, _Tick | None], *, head: bool
+        self, state: _State, units: tuple[_Tick | None, _Tick | None], *, head: bool, at: int
     ) -> tuple[_State, None]:
         there, back = units
         grad = None
         if there is not None:
-            state, made = self._forward(state, there, around=not head)
+            state, made = self._forward(state, there, self.schedule.sends(at, 1, around=not head))
             if head:
                 state, grad = self._loss(state, made, there)
         if back is not None:
-            state = self._backward(state, back, grad)
+            came = self.schedule.sends(at - 1, -1, around=grad is None)
+            state = self._backward(state, back, grad, came)
         return state, None
 
     def plain_sum(self) -> jax.Array:
         """The loss alone, forward only."""
         start = jax.tree.map(functools.partial(self._zeros, self.schedule.stages), self.carry)
 
-        def tick(state: Any, now: _Tick) -> tuple[Any, None]:
+        def tick(state: Any, now: _Tick, at: int) -> Any:
             x, plain = state
 
             def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
@@ -244,10 +231,19 @@ class _Run:
             )
             x = joined(self.carry, floats, others)
             made = self._head(floats[0], now, gradients=False)
-            return (self.on_stage.shift(x, 1), plain + made), None
+            return self.on_stage.send(x, self.schedule.sends(at, 1)), plain + made
 
-        units = self._arrays(self.schedule.forward())
-        return jax.lax.scan(tick, (start, jnp.zeros((), jnp.float32)), units)[0][1]
+        def ticks(state: Any, now: _Tick) -> tuple[Any, None]:
+            for at in range(together):
+                state = tick(state, jax.tree.map(operator.itemgetter(at), now), at)
+            return state, None
+
+        # Of a v-shape the directions alternate, and its last forward tick is empty.
+        units, together = self.schedule.forward(), 1 + self.schedule.folded
+        count = len(units.valid) // together * together
+        units = self._arrays(units.between(0, count))
+        units = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), units)
+        return jax.lax.scan(ticks, (start, jnp.zeros((), jnp.float32)), units)[0][1]
 
     def _body(self, params: Any, floats: Any, data: Any) -> Any:
         others, rows, first, live = data
@@ -255,9 +251,10 @@ class _Run:
         floats, others = floats_of(carry)
         return (floats, loss), others
 
-    def _forward(self, state: _State, now: _Tick, *, around: bool) -> tuple[_State, jax.Array]:
-        """One unit forwards on every stage; also what the stages have made, before it moves on:
-        ``around`` as well but where the last stage is in its last chunk, which goes to the head."""
+    def _forward(
+        self, state: _State, now: _Tick, sends: Sequence[tuple[int, int]]
+    ) -> tuple[_State, jax.Array]:
+        """One unit forwards on every stage; also what the stages have made, before it moves on."""
 
         def one(chunk: Any, first: Any, live: Any, floats: Any, others: Any, rows: Any) -> Any:
             return self.body.forward(chunk, floats, (others, rows, first, live))
@@ -271,7 +268,7 @@ class _Run:
             state["load"],
             self.model.load(made),
         )
-        x = self.on_stage.shift(made, 1, around=around)
+        x = self.on_stage.send(made, sends)
         kept = list(map(store, state["kept"], kept))
         return {**state, "kept": kept, "x": x, "load": load}, floats[0]
 
@@ -295,7 +292,7 @@ class _Run:
         stage, reads = self.on_stage, self.head_reads
         weights = reads.pick(self.working)
         some = stage.deal(made, self.stream)
-        rows = self._head_rows(now["microbatch"][-1])
+        rows = self._head_rows(now["microbatch"][self.schedule.end])
         valid = jnp.any(now["last"]).astype(jnp.float32)
 
         def loss(weights: Any, x: jax.Array, rows: Batch) -> Any:
@@ -316,15 +313,21 @@ class _Run:
         grads, grad, plain = self.replicas.mapped(over_stages, out_axes=(None, 0, 0))(some, rows)
         return jnp.sum(plain), grads, stage.collect(grad, self.stream, made.shape[stage.at + 2])
 
-    def _backward(self, state: _State, now: _Tick, grad: jax.Array | None) -> _State:
-        """One unit backwards on every stage, from what the stage after took back a tick ago, or
-        the last stage from the head."""
+    def _backward(
+        self,
+        state: _State,
+        now: _Tick,
+        grad: jax.Array | None,
+        sends: Sequence[tuple[int, int]],
+    ) -> _State:
+        """One unit backwards on every stage, from what the stage after took back a tick ago and
+        sends now, or the last chunk's from the head."""
         stage = self.on_stage
         kept = [stage.load(x, now["slot"]) for x in state["kept"]]
         if state["losses"] is not None:
             grad = stage.load(state["losses"], now["slot"])
         arrived = now["valid"] & ~now["last"]
-        came = stage.shift(state["grad"], -1, around=grad is None)
+        came = stage.send(state["grad"], sends)
         came = [stage.mask(arrived, x, 0) for x in came]
         if grad is not None:
             came[0] = stage.mask(now["last"], grad, came[0])

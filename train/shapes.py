@@ -270,7 +270,13 @@ def _without(leaf: LeafShape, axis: int) -> LeafShape:
 
 @lru_cache(maxsize=1024)
 def kept_activations(
-    config: ModelConfig, *, itemsize: int, fused_attention: bool, length: int, lanes: int = 1
+    config: ModelConfig,
+    *,
+    itemsize: int,
+    fused_attention: bool,
+    length: int,
+    lanes: int = 1,
+    summed: bool = False,
 ) -> tuple[Kept, ...]:
     """What one layer keeps of a token for the backward pass, besides the layer's own input.
 
@@ -281,6 +287,8 @@ def kept_activations(
             softmax's denominator) and never the scores.
         length: tokens a row, which materialised scores grow with.
         lanes: what a head is padded to a multiple of where it is the last dim, 128 on TPU.
+        summed: whether attention and MLP end in a sum over devices, behind which GPUs' compiler
+            keeps both float32 arrays of a norm, and the layer's own input as one of them.
 
     ``full`` keeps the input alone, which is what flows through the layer loop, and ``offload``
     does not keep that on the device; ``save-attention`` besides the output of attention and, of a
@@ -309,10 +317,11 @@ def kept_activations(
             Kept("attention's output", stream, config.embed, itemsize),
             Kept("MLP", ("mlp",), hidden * dense, itemsize),
         )
-    centred, wide = config.norm == "layer", 1 if fused_attention else 2
+    centred, wide = config.norm == "layer", 1 if fused_attention and not summed else 2
+    narrow = 3 if wide == 1 else 1 if summed and fused_attention else 2
     kept = [
         Kept("norms", stream, 2 * (wide + centred) * config.embed, 4),
-        Kept("norms' output", stream, (2 + (wide == 1)) * config.embed, itemsize),
+        Kept("norms' output", stream, narrow * config.embed, itemsize),
         Kept("queries and attention's output", heads, 2 * queries, itemsize),
         Kept("keys and values", kv_heads, keys, itemsize),
         Kept("MLP", ("mlp",), 6 * config.active_mlp, itemsize),

@@ -9,7 +9,7 @@ compilers turn into something general, and copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,11 @@ class Stagewise:
 
     Attributes:
         replicas: mesh, stage axis and the levels that arrays have dims for.
-        ring: whether the last stage sends on to the first.
+        end: the stage with the model's last chunk.
     """
 
     replicas: Replicas
-    ring: bool
+    end: int
 
     @property
     def at(self) -> int:
@@ -54,23 +54,24 @@ class Stagewise:
         """``x`` on the stages with a flag, ``other`` elsewhere."""
         return jnp.where(flags.reshape(-1, *[1] * (x.ndim - self.at - 1)), x, other)
 
-    def shift(self, tree: Any, by: int, *, around: bool = True) -> Any:
-        """What each stage has, on the stage ``by`` (1 or -1) further; zeros where none sends.
+    def send(self, tree: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        """What each stage has, on the stage that it is paired with; zeros where none sends.
 
         Args:
             tree: arrays [R, p, …].
-            by: which way.
-            around: whether from one end to the other too, where stages are in a ring.
+            pairs: of a stage and where its part goes, which may be where it is.
         """
-        count = self.count
-        pairs = [(stage, (stage + by) % count) for stage in range(count)]
-        if not (self.ring and around):
-            pairs = [(source, to) for source, to in pairs if to - source == by]
+        stay = [stage for stage, to in pairs if stage == to]
+        between = [pair for pair in pairs if pair[0] != pair[1]]
 
         def local(x: jax.Array) -> jax.Array:
-            return jax.lax.ppermute(x, self.replicas.stage, pairs)
+            return jax.lax.ppermute(x, self.replicas.stage, between)
 
-        return jax.tree.map(self._local(local, self.at), tree)
+        sent = jax.tree.map(self._local(local, self.at), tree)
+        if not stay:
+            return sent
+        stays = jnp.isin(jnp.arange(self.count), jnp.array(stay))
+        return jax.tree.map(lambda mine, came: self.mask(stays, mine, came), tree, sent)
 
     def store(self, held: jax.Array, x: jax.Array, slot: jax.Array, valid: jax.Array) -> jax.Array:
         """Put ``x`` [R, p, …] into slots of ``held`` [R, p, slots, …], where valid."""
@@ -107,32 +108,33 @@ class Stagewise:
         return self._local(local, at, at, 0)(total, x, index)
 
     def deal(self, x: jax.Array, parts: int) -> jax.Array:
-        """The tokens of the last stage's ``x`` [R, p, B, T, …], a p-th on each: [R, p, B, t, …].
+        """The tokens of the end's ``x`` [R, p, B, T, …], a p-th on each stage: [R, p, B, t, …].
 
         Rows whose length is split into ``parts`` already are cut within each of them. Padded with
         zeros where the tokens do not divide.
         """
-        last = self.count - 1
+        end, others = self.end, self._others()
 
         def local(x: jax.Array, stage: jax.Array) -> jax.Array:
             cut = [self.part(x, parts, index) for index in range(self.count)]
-            found = jnp.where(stage[0] == last, cut[last], 0)
-            for index in range(last):
-                found += jax.lax.ppermute(cut[index], self.replicas.stage, [(last, index)])
+            found = jnp.where(stage[0] == end, cut[end], 0)
+            for index in others:
+                found += jax.lax.ppermute(cut[index], self.replicas.stage, [(end, index)])
             return found
 
         return self._local(local, self.at, 0)(x, jnp.arange(self.count))
 
     def collect(self, x: jax.Array, parts: int, length: int) -> jax.Array:
-        """Undo `deal` on the last stage, for rows of ``length``; others get nothing of use."""
-        last, at = self.count - 1, self.at + 2
+        """Undo `deal` on the end, for rows of ``length``; others get nothing of use."""
+        at, end, others = self.at + 2, self.end, self._others()
 
         def local(x: jax.Array) -> jax.Array:
-            send = [jax.lax.ppermute(x, self.replicas.stage, [(i, last)]) for i in range(last)]
-            cut = [y.reshape(*y.shape[:at], parts, -1, *y.shape[at + 1 :]) for y in (*send, x)]
-            whole = jnp.concatenate(cut, axis=at + 1)
-            whole = jax.lax.slice_in_dim(whole, 0, length // parts, axis=at + 1)
-            return whole.reshape(*x.shape[:at], length, *x.shape[at + 1 :])
+            sent = {i: jax.lax.ppermute(x, self.replicas.stage, [(i, end)]) for i in others}
+            whole = [sent.get(i, x) for i in range(self.count)]
+            cut = [y.reshape(*y.shape[:at], parts, -1, *y.shape[at + 1 :]) for y in whole]
+            tokens = jnp.concatenate(cut, axis=at + 1)
+            tokens = jax.lax.slice_in_dim(tokens, 0, length // parts, axis=at + 1)
+            return tokens.reshape(*x.shape[:at], length, *x.shape[at + 1 :])
 
         return self._local(local, self.at)(x)
 
@@ -156,6 +158,10 @@ class Stagewise:
             pad[at + 1] = (0, missing)
             x = jnp.pad(x, pad)
         return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
+
+    def _others(self) -> list[int]:
+        """The stages besides the end."""
+        return [stage for stage in range(self.count) if stage != self.end]
 
     def _local(self, local: Callable[..., jax.Array], *at: int) -> Callable[..., jax.Array]:
         """``local`` on each stage's part of its arguments, whose dims of stages are at ``at``; the
