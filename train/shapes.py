@@ -293,18 +293,16 @@ def kept_activations(
     ``full`` keeps the input alone, which is what flows through the layer loop, and ``offload``
     does not keep that on the device; ``save-attention`` besides the output of attention and, of a
     fused kernel, its softmax. ``dots`` keeps the outputs of the projections; that of the last one
-    is read by nobody, and those of a stack of experts are computed again. ``none`` keeps what jax's
-    derivatives read: of a norm its input widened to float32 and the normed values before the
-    scale (which the TPU's compiler keeps in the compute dtype), of a gated MLP six arrays of its
-    width, of queries what they were before and after the rotation.
+    is read by nobody, and those of a stack of experts are computed again. Of ``none`` see
+    `_all_kept`.
     """
+    if config.remat in ("full", "offload"):
+        return ()
     head = -(-config.head_dim // lanes) * lanes
     queries, keys = config.heads * head, 2 * config.kv_heads * head
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     hidden = 2 if config.activation == "swiglu" else 1
     stream = ("sequence", "embed")
-    if config.remat in ("full", "offload"):
-        return ()
     if config.remat == "save-attention":
         softmax = Kept("softmax", ("heads",), config.heads, 4)
         return (Kept("attention's output", heads, queries, itemsize), *[softmax] * fused_attention)
@@ -317,8 +315,20 @@ def kept_activations(
             Kept("attention's output", stream, config.embed, itemsize),
             Kept("MLP", ("mlp",), hidden * dense, itemsize),
         )
-    centred, wide = config.norm == "layer", 1 if fused_attention and not summed else 2
-    narrow = 3 if wide == 1 else 1 if summed and fused_attention else 2
+    scores = None if fused_attention else length
+    return _all_kept(config, itemsize, queries, keys, scores, summed=summed)
+
+
+def _all_kept(
+    config: ModelConfig, itemsize: int, queries: int, keys: int, scores: int | None, *, summed: bool
+) -> tuple[Kept, ...]:
+    """What jax's derivatives read: of a norm its input widened to float32 and the normed values
+    before the scale (which the TPU's compiler keeps in the compute dtype), of a gated MLP six
+    arrays of its width, of queries what they were before and after the rotation; and the scores
+    with so many keys, None of a kernel that keeps none."""
+    heads, kv_heads, stream = ("heads", "head_dim"), ("kv_heads", "head_dim"), ("sequence", "embed")
+    centred, wide = config.norm == "layer", 1 if scores is None and not summed else 2
+    narrow = 3 if wide == 1 else 1 if summed and scores is None else 2
     kept = [
         Kept("norms", stream, 2 * (wide + centred) * config.embed, 4),
         Kept("norms' output", stream, narrow * config.embed, itemsize),
@@ -329,9 +339,9 @@ def kept_activations(
     if config.qk_norm:
         kept.append(Kept("norms of queries", heads, config.heads * config.head_dim, 4))
         kept.append(Kept("norms of keys", kv_heads, config.kv_heads * config.head_dim, 4))
-    if fused_attention:
+    if scores is None:
         kept.append(Kept("softmax", ("heads",), config.heads, 4))
         kept.append(Kept("rotated queries", heads, config.heads * config.head_dim, itemsize))
     else:
-        kept.append(Kept("scores", ("heads",), 2 * config.heads * length, 4))
+        kept.append(Kept("scores", ("heads",), 2 * config.heads * scores, 4))
     return tuple(kept)
