@@ -380,6 +380,8 @@ def _of_two_units(placement: Placement, sizes: _Sizes) -> dict[str, float]:
     schedule = placement.schedule
     assert schedule is not None
     found = {"gradients of a unit": sizes.layers_gradients}
+    if schedule.folded:  # its loop has two ticks
+        found["embedding's gradient again"] = sizes.table
     if schedule.returns_at_once and placement.config.model.remat != "none":
         found["activations of a unit"] = (sizes.inputs + sizes.kept) / (schedule.slots + 1)
     return found

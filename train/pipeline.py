@@ -185,10 +185,11 @@ class _Run:
                 part = jax.tree.map(operator.itemgetter(slice(done, done + ticks)), units)
                 state = jax.lax.scan(tick, state, part)[0]
             elif ticks:
+                now = jax.tree.map(operator.itemgetter(done), units)
                 if done:
                     # Else compilers mix the two, and hold the temporaries of both.
-                    state = jax.lax.optimization_barrier(state)
-                state = tick(state, jax.tree.map(operator.itemgetter(done), units))[0]
+                    state, now = jax.lax.optimization_barrier((state, now))
+                state = tick(state, now)[0]
             done += ticks
         return state
 
