@@ -6,7 +6,7 @@ microbatch in one chunk, forwards or backwards. All stages work in lockstep: one
 a tick is one unit forwards, one backwards, or one of each, and after which activations move on by
 one stage and their gradients back by one.
 
-A schedule here is one number, the *delay*: the tick at which the last stage takes its first unit
+A schedule here is one number, the *delay*: the tick at which the last chunk takes its first unit
 back. Forward units enter at ticks 0, 1, 2, … in the order of rounds (p microbatches through chunk
 0, the same through chunk 1, …); backward units in the same order with chunks reversed, the delay
 later.
@@ -198,7 +198,7 @@ class Schedule:
 
     @property
     def returns_at_once(self) -> bool:
-        """Whether the last stage takes a microbatch back in the tick in which it arrives."""
+        """Whether the last chunk takes a microbatch back in the tick in which it arrives."""
         return self.kind != "gpipe"
 
     @property

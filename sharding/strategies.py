@@ -245,7 +245,7 @@ def pipeline(axis: str = "stage", *, dims: Sequence[str] = ("vocab",)) -> Strate
     """Pipeline parallelism: layers split over ``axis``, microbatches passed from stage to stage.
 
     An interior stage sends each microbatch's activation A on and its gradient back, 2mA a step
-    (v times that where v chunks of layers are interleaved); schedules and their idle time are in
+    (v times that where a stage holds v chunks of layers); schedules and their idle time are in
     `meshwright.sharding.schedule`. What is outside of the layers is worked on by all stages, each
     a part of the tokens of the head; between steps its masters are split too, over ``dims``, and
     gathered once a step: ρ(β_g + β_p) of its parameters. Fold it last, after `tensor`.

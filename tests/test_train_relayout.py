@@ -24,7 +24,8 @@ def stored(places: tuple[int | None, ...], layers: int) -> dict[str, Any]:
 @given(st.integers(4, 9), st.data())
 @settings(max_examples=25, deadline=None)
 def test_layers_are_where_the_run_wants_them(layers: int, data: st.DataObject) -> None:
-    deals = st.sampled_from([(), *(layer_slots(layers, p, v) for p in (2, 4) for v in (1, 2)
+    deals = st.sampled_from([(), *(layer_slots(layers, p, v, folded=folded)
+                                   for p in (2, 4) for v in (1, 2) for folded in (False, v == 2)
                                    if p * v <= layers)])  # fmt: skip
     saved, wanted = data.draw(deals), data.draw(deals)
     order = Reordering(list(saved), wanted, layers)

@@ -12,8 +12,9 @@ each direction; what a unit leaves for its way back lies in a slot of a buffer u
 (`meshwright.train.traced`), and gradients are summed in float32.
 
 **The head** is no stage's own: that stage would work longer than the others, and all would wait at
-every tick. The last stage deals its tokens to all stages, each computes the loss of a p-th of them
-and their gradients at once, and sends those back: ρA more for the last stage, A/p for the others.
+every tick. The one with the last layers deals its tokens to all stages, each computes the loss of a
+p-th of them and their gradients at once, and sends those back: ρA more for that stage, A/p for the
+others.
 Embedding and head are therefore needed by all stages. They are gathered over the stage axis once
 a step, and so are their gradients summed; between steps each stage holds a part of them.
 
@@ -274,7 +275,7 @@ class _Run:
         return {**state, "kept": kept, "x": x, "load": load}, floats[0]
 
     def _loss(self, state: _State, made: jax.Array, now: _Tick) -> tuple[_State, jax.Array | None]:
-        """The head on what the last stage has made, and the gradient for it to take back."""
+        """The head on what the last chunk has made, and the gradient for it to take back."""
         plain, grads, grad = self._head(made, now)
         sums = list(map(jnp.add, self.head_reads.pick(state["sums"]), grads))
         state = {
@@ -288,8 +289,8 @@ class _Run:
         return {**state, "losses": losses}, None
 
     def _head(self, made: jax.Array, now: _Tick, *, gradients: bool = True) -> Any:
-        """Loss of the last stage's tokens, and its gradients: of what the head reads, and of the
-        tokens, whole on the last stage again."""
+        """Loss of the last chunk's tokens, and its gradients: of what the head reads, and of the
+        tokens, whole on the stage of that chunk again."""
         stage, reads = self.on_stage, self.head_reads
         weights = reads.pick(self.working)
         some = stage.deal(made, self.stream)
@@ -431,7 +432,7 @@ class _Run:
         return {**sums, LAYERS: flat}
 
     def load(self, load: Any) -> Any:
-        """Loads of experts [R, p, …] summed over replicas; whole on the last stage."""
+        """Loads of experts [R, p, …] summed over replicas; whole on the stage of the last chunk."""
         return self.replicas.total(jax.tree.map(lambda x: jnp.sum(x, self.on_stage.at), load))
 
     def _zeros(self, *args: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Every stage runs one program. Its *body* looks tokens up, takes the result if it is the first stage
 and what the stage before has sent if it is not, and applies its layers. The *head* is norm, logits
-and loss of what the last stage has made. Both are the model's own call, with the hooks
+and loss of what the last layers have made. Both are the model's own call, with the hooks
 (`meshwright.models.hooks`) of a stage: a model that calls them needs to know nothing of pipelines.
 
 What one half does not need of the call is dead code, and removed.
@@ -86,7 +86,7 @@ class StageModel:
 
         Returns:
             What the next stage reads, and what the layers add to the training loss, a float32
-            scalar that counts after the last stage.
+            scalar that counts after the last chunk.
         """
         seen: list[Any] = []
 
