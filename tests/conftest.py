@@ -71,6 +71,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield found
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` means: a worker for each core that has 4 GiB of memory for it. Those that
+    have compiled half of the tests' programs hold up to 3.6 GB."""
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it, macOS has not
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, memory_bytes // (4 * 2**30)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-compositions",

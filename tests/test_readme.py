@@ -48,7 +48,7 @@ def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_two_commands_come_first() -> None:
     first, second, *_ = blocks("bash")
     assert first.strip() == "pip install -e '.[train]' && meshwright train"
-    assert second.strip() == "pip install -e '.[test]' && pytest"
+    assert second.strip() == "pip install -e '.[test]' && pytest -n auto --dist worksteal"
 
 
 @pytest.mark.parametrize("room", ["sharding", "models", "train", "scripts"])
