@@ -141,7 +141,7 @@ class Schedule:
         assert self.kind in get_args(ScheduleKind), self.kind
         assert self.chunks == 2 or not self.folded, self.chunks
         p, m, v = self.stages, self.microbatches, self.chunks
-        where = f"stage={p}, {m} microbatches"
+        where = f"stage={p}, microbatches={m}"
         if m < p:
             raise PlacementError(
                 f"cannot fill a pipeline of {p} stages with {m} microbatch{'es' * (m > 1)}",
@@ -371,11 +371,13 @@ def layer_slots(
     if groups > layers:
         names = f"stage={stages}" + (f", {chunks} chunks a stage" if chunks > 1 else "")
         most = layers // chunks
+        works = [f"stage={most} or less"] if most else []
+        works += ["--pipeline.schedule 1f1b"] if chunks > 1 and stages <= layers else []
         raise PlacementError(
             f"cannot split {layers} layers into {groups} groups",
             where=f"{names}, layers={layers}",
             why=f"{groups} is more than {layers}: some group would have no layer",
-            fix=f"use stage={most} or less" if most else f"use --pipeline.chunks {layers} or less",
+            fix=f"use {', or '.join([*works, f'{groups} layers or more'])}",
         )
     size = -(-layers // groups)
     short = groups * size - layers

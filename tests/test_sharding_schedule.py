@@ -142,6 +142,20 @@ def test_interleaving_idles_less_than_gpipe_as_the_formula_says() -> None:
     assert twice.forward_ticks / 2 < gpipe.forward_ticks
 
 
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks", "fix"),
+    [
+        (4, 4, 2, "use stage=2 or less, or --pipeline.schedule 1f1b, or 8 layers or more"),
+        (3, 4, 2, "use stage=1 or less, or 8 layers or more"),
+        (1, 1, 2, "use --pipeline.schedule 1f1b, or 2 layers or more"),
+    ],
+)
+def test_too_few_layers_say_what_works(layers: int, stages: int, chunks: int, fix: str) -> None:
+    with pytest.raises(PlacementError) as caught:
+        layer_slots(layers, stages, chunks)
+    assert caught.value.fix == fix
+
+
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_every_layer_has_one_place(layers: int, stages: int, chunks: int, folded: bool) -> None:
