@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import jax
+import parity_table
 import pytest
 from browsing import Browser, find_browser
 
@@ -87,6 +88,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also hold compositions of three and four parallelisms against one device",
     )
+    parser.addoption(
+        "--parity-table", type=Path, metavar="FILE", help="put the compositions held into this page"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,3 +100,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("every_composition"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    page: Path | None = config.getoption("--parity-table")
+    rows = parity_table.rows_of(terminalreporter.getreports("passed"))
+    if page and rows:
+        parity_table.write(page, rows)

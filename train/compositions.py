@@ -5,11 +5,11 @@ stage, the tensor axis with or without sequence parallelism, the context axis wi
 kinds of attention, the stage axis with one of four schedules. A composition is a choice of axes
 and a way for each, so *all* of them can be listed, and a new way is in every list as soon as it is
 in `WAYS`. What a composition leaves open (microbatches, how they are summed, the order of tokens,
-what is recomputed; the schedule where there are three axes) is dealt round over the list, so that
-neighbours differ; each setting meets each way many times over.
+what is recomputed; the schedule where there are three axes; every way where there are four) is
+dealt round over the list, so that neighbours differ; each setting meets each way many times over.
 
 The tests hold single axes and pairs in the default run, with one schedule for each pair, and the
-rest on request.
+rest on request. Up to three axes take eight devices, four take sixteen, so that none has size one.
 """
 
 from __future__ import annotations
@@ -73,36 +73,28 @@ class Composition:
 
 
 def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
-    """All compositions of so many axes, on 8 devices.
-
-    Stages are one of at most three axes: there are eight devices.
+    """All compositions of so many axes, on 8 devices; of four, on 16.
 
     Args:
-        count: of axes.
+        count: of axes, at most 4.
         among: `WAYS` or `EXPERT_WAYS`.
 
     >>> [str(found) for found in compositions(4)][:2]
-    ['data fsdp context-ring tensor', 'data fsdp context-ring sequence']
+    ['1f1b zero1 fsdp context-ring', 'gpipe zero2 fsdp context-gather']
     >>> [len(list(compositions(count))) for count in (1, 2, 3, 4)]
-    [13, 65, 68, 18]
+    [13, 65, 68, 19]
     >>> [str(found) for found in compositions(2, EXPERT_WAYS)][-2:]
     ['tensor expert', 'sequence expert']
     """
     number = 0
     for axes in itertools.combinations(among, count):
-        if "stage" in axes and count > 3:
-            continue
-        dealt = count > 2 and "stage" in axes
-        options = [list(among[axis])[: 1 if dealt and axis == "stage" else None] for axis in axes]
-        for chosen in itertools.product(*options):
-            ways = chosen
-            if dealt:
-                ways = (list(among["stage"])[number % len(among["stage"])], *chosen[1:])
+        for ways in _ways(axes, number, among):
             fields: dict[str, Any] = {}
             for axis, way in zip(axes, ways, strict=True):
                 fields |= among[axis][way]
             fields |= _SUMS[number % len(_SUMS)]
-            fields["remat"] = _REMAT[number % len(_REMAT)]
+            # Schedules are dealt round by fours too: without the shift each would have one policy.
+            fields["remat"] = _REMAT[(number + number // 4) % len(_REMAT)]
             if "context" in axes:
                 fields["order"] = _ORDERS[number // 2 % len(_ORDERS)]
             if "stage" in axes:
@@ -113,14 +105,35 @@ def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
             number += 1
 
 
+def _ways(axes: Sequence[str], number: int, among: Ways) -> list[tuple[str, ...]]:
+    """The ways to use these axes that are listed: all of them for one and two axes; the schedule
+    dealt round for three; for four, as many as the axis with the most has, so that each is there.
+
+    Args:
+        number: of the first of them.
+    """
+    options = [list(among[axis]) for axis in axes]
+    first, *rest = options
+    if len(axes) > 3:
+        most = max(map(len, options))
+        return [
+            tuple(names[(number + row + at) % len(names)] for at, names in enumerate(options))
+            for row in range(most)
+        ]
+    if len(axes) < 3 or axes[0] != "stage":
+        return list(itertools.product(*options))
+    others = itertools.product(*options[1:])
+    return [
+        (options[0][(number + at) % len(options[0])], *other) for at, other in enumerate(others)
+    ]
+
+
 def _sizes(count: int, number: int, axes: Sequence[str]) -> list[int]:
     """Axis sizes that multiply to the devices, none of them one where that is possible; two stages,
     as more would ask for deep models."""
-    if axes == ("stage",):
-        return [2]
-    if count > 3:
-        return [2, 2, 2, *[1] * (count - 3)]
     sizes = [2] * count
+    if axes == ("stage",) or count > 3:
+        return sizes
     first = int("stage" in axes)
     sizes[first + number % (count - first)] *= _DEVICES // 2**count
     return sizes

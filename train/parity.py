@@ -188,7 +188,8 @@ def run_case(
     )
     for host in batches:
         state, scalars, grads = step(state, program.place(host))
-        first = jax.device_get(in_order(grads)) if first is None else first
+        # Fetched first: sorted in shards, each case would compile the sorting of its own shapes.
+        first = jax.device_get(in_order(jax.device_get(grads))) if first is None else first
         all_scalars.append({name: float(value) for name, value in scalars.items()})
     return Result(initial, first, [found["loss"] for found in all_scalars], all_scalars[0])
 
