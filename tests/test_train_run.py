@@ -22,7 +22,8 @@ from meshwright.models.config import count_parameters
 from meshwright.models.pure import functional
 from meshwright.scripts.flags import parse
 from meshwright.train.checkpoint import Checkpoints
-from meshwright.train.config import TrainConfig
+from meshwright.train.config import ContextConfig, PipelineConfig, TrainConfig
+from meshwright.train.configfile import dump
 from meshwright.train.corpus import open_corpus
 from meshwright.train.optimizer import make_optimizer
 from meshwright.train.state import TrainState, abstract_state
@@ -259,6 +260,20 @@ def test_a_run_resumes_on_another_mesh_with_the_same_losses(
     assert resumed.losses == pytest.approx(whole.losses, rel=5e-6)
     for step in (8, 12):
         assert resumed.heldout[step] == pytest.approx(whole.heldout[step], rel=5e-6)
+
+
+def test_settings_of_axes_that_the_new_mesh_has_not_do_not_stop_a_resumed_run(
+    stopped: Ran, tmp_path: Path
+) -> None:
+    saved = shutil.copytree(stopped.folder, tmp_path / "moved") / "config.yaml"
+    words = ["--config", str(saved), "--zero", "1", "--context.order", "striped"]
+    saved.write_text(dump(parse([*words, "--pipeline.schedule", "v-shape"], "train")))
+    resumed = Runs(tmp_path).resume("moved", mesh="data=1", topology="cpu:1", grad_accum=4)
+    assert resumed.code == 0
+    for name, left_out in {"zero": False, "pipeline": True, "context": True}.items():
+        assert (f"no axis for the setting `{name}`" in resumed.err) == left_out
+    found = config_of(resumed)
+    assert (found.pipeline, found.context) == (PipelineConfig(), ContextConfig())
 
 
 def test_a_run_killed_between_checkpoints_makes_the_lost_steps_again(

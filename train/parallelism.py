@@ -8,6 +8,7 @@ pure function here, so that ``train`` and ``explain`` derive the same and both c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from meshwright.sharding.errors import MeshError, PlacementError, RulesError
@@ -38,10 +39,13 @@ __all__ = [
     "choose_rules",
     "choose_schedule",
     "describe_devices",
+    "without_absent_axes",
 ]
 
 _DEMO_MESH = "data=2,fsdp=2,tensor=2"
 _DEMO_DEVICES = 8
+_OF_AXIS = {"zero": "data", "pipeline": "stage", "context": "context", "sequence": "tensor"}
+"""Settings → the axis they say something of."""
 _SUPPORTED = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
@@ -120,6 +124,33 @@ def choose_rules(config: TrainConfig, mesh: MeshSpec) -> Rules:
                 fix=f"leave the rule out, or `{stage[0]}` out of the mesh",
             )
     return rules
+
+
+def without_absent_axes(config: TrainConfig, mesh: MeshSpec) -> tuple[TrainConfig, list[str]]:
+    """A run that goes on on another mesh, without what it said of axes that are not there.
+
+    Nobody gave those settings with the new mesh: they were saved with the run, which would be
+    refused for them. A new run is refused, as `choose_rules` does.
+
+    Returns:
+        The config, and the names of the settings that are as by default now.
+
+    >>> from meshwright.train.config import default_config
+    >>> context = ContextConfig(order="striped")
+    >>> saved = replace(default_config(), zero=1, sequence=True, context=context)
+    >>> found, left_out = without_absent_axes(saved, MeshSpec.parse("fsdp=4,tensor=2"))
+    >>> left_out, found.zero, found.sequence
+    (['zero', 'context'], 0, True)
+    """
+    default: dict[str, Any] = {
+        "zero": 0,
+        "pipeline": PipelineConfig(),
+        "context": ContextConfig(),
+        "sequence": False,
+    }
+    absent = [name for name, axis in _OF_AXIS.items() if axis not in mesh.names]
+    left_out = [name for name in absent if getattr(config, name) != default[name]]
+    return replace(config, **{name: default[name] for name in left_out}), left_out
 
 
 def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:

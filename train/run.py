@@ -49,6 +49,7 @@ from meshwright.train.parallelism import (
     choose_mesh,
     choose_places,
     describe_devices,
+    without_absent_axes,
 )
 from meshwright.train.program import Program, step_spec
 from meshwright.train.progress import Progress
@@ -107,6 +108,10 @@ def run_training(config: TrainConfig) -> int:
     on_cpu = devices[0].platform == "cpu"
     _use_compilation_cache(config)
     spec = choose_mesh(config, len(devices), simulated=on_cpu)
+    if config.resume:
+        config, left_out = without_absent_axes(config, spec)
+        for name in left_out:
+            _say(f"mesh {spec} has no axis for the setting `{name}`: it is as by default now")
     model = functional(config.model, choose_places(config, spec))
     layout = layout_of(config, model, spec)
     check_batch(config, layout.rules, spec)
