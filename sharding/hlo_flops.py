@@ -41,7 +41,7 @@ _ELEMENTWISE = """
 SPMDFullToShardShape SPMDShardToFullShape AsyncCollectiveStart AsyncCollectiveDone
 annotate_device_placement MoveToHost MoveToDevice PinToDevice TopK ApproxTopK PartialReduce
 __cub$DeviceRadixSort cu_threefry2x32 cu_threefry2x32_ffi LayoutConstraint X64Combine X64SplitLow
-X64SplitHigh
+X64SplitHigh ZeroCrop
 """
 _WITHOUT_FLOPS = FREE_TARGETS | frozenset(_ELEMENTWISE.split())
 

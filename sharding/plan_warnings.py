@@ -314,11 +314,17 @@ def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
 
 
 def _slow_axis(facts: PlanFacts) -> Iterator[PlanWarning]:
-    """An axis over the slow network that every layer waits for."""
+    """An axis over the slow network that every layer waits for: nothing waits for gradients."""
+
+    def is_gradient(found: Collective) -> bool:
+        reduces = found.kind in ("all-reduce", "reduce-scatter") and found.phase == "backward"
+        return reduces and bool(found.leaf) and not found.leaf.startswith("activations")
+
     for axis, link in (facts.links or {}).items():
         if link.network not in ("dcn", "nic") or facts.mesh.sizes.get(axis, 1) == 1:
             continue
-        inside = [c for c in facts.collectives if axis in c.axes and c.loop_depth > 0]
+        crossing = [c for c in facts.collectives if axis in c.axes and not is_gradient(c)]
+        inside = [c for c in crossing if c.loop_depth > 0]
         wire = sum(c.wire_bytes for c in inside)
         seconds = wire / link.bandwidth
         if inside and seconds > 0.1 * (facts.compute_seconds or math.inf):

@@ -144,6 +144,10 @@ QUIET: dict[str, list[Callable[[], PlanFacts]]] = {
         lambda: hosts("data=2,fsdp=8", moved(axes=("data",), wire_bytes=20 * GIB, loop_depth=0)),
         lambda: hosts("data=2,fsdp=8", moved(axes=("data",), wire_bytes=MIB)),
         lambda: facts(moved(wire_bytes=20 * GIB)),  # links of the torus
+        lambda: hosts(
+            "data=2,fsdp=8",
+            moved(axes=("data",), kind="all-reduce", phase="backward", wire_bytes=20 * GIB),
+        ),  # of gradients
     ],
     "tile-padding": [
         lambda: facts(leaves=[placed()]),

@@ -349,6 +349,9 @@ def test_collectives_are_named_by_scope_then_by_shape() -> None:
     assert name(scoped, Shape("f32", (999,))) == leaf.path
     assert name(plain, one_layer) == "layers/mlp/w_down or layers/mlp/w_gate and 1 more"
     assert name(plain, Shape("f32", (4, 128, 7))) == "activations 4×128×7"
+    elements = math.prod(leaf.shape[1:])
+    tiles = Shape("f32", (elements // 1024, 8, 128))
+    assert name(plain, tiles) == "layers/mlp/w_down or layers/mlp/w_gate and 1 more"
     assert name(plain, Shape("f32", (5, 7))) == "" and name(plain, Shape("f32", ())) == ""
 
 

@@ -67,7 +67,7 @@ def test_parts_give_what_the_whole_gives(
     monkeypatch: pytest.MonkeyPatch, rings: tuple[int, ...], dim: int, tile: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(torus, "_SHORT", 1)
-    monkeypatch.setattr(torus, "_TILE", tile)
+    monkeypatch.setattr(torus, "TILE", tile)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     split = PartitionSpec(*[None] * dim, "fsdp")
     x = jax.random.normal(jax.random.key(0), (8, 16, 16))
@@ -92,7 +92,7 @@ def test_parts_give_what_the_whole_gives(
 
 def on_torus(monkeypatch: pytest.MonkeyPatch, rings: tuple[int, ...]) -> None:
     monkeypatch.setattr(torus, "_SHORT", 1)
-    monkeypatch.setattr(torus, "_TILE", (2, 4))
+    monkeypatch.setattr(torus, "TILE", (2, 4))
     monkeypatch.setattr(torus, "_torus_of", lambda mesh: Torus({"fsdp": rings}))
 
 

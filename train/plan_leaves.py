@@ -3,7 +3,8 @@
 A parameter's cast, gather and reduction carry its name as a scope (`meshwright.train.weights`), so
 most collectives say themselves what they move. Compilers drop names when they combine or rewrite;
 then the array's shape decides: every parameter's shape on a device is known, in each of its
-layouts, and so are the batch and length of an activation. A shape that several parameters share
+layouts and as the tiles in which gradients are scattered, and so are the batch and length of an
+activation. A shape that several parameters share
 names them as `meshwright.sharding.leaf_names` does; guessing one would not be true.
 """
 
@@ -28,6 +29,7 @@ from meshwright.sharding.topology import Topology
 from meshwright.sharding.units import format_bytes
 from meshwright.train.config import TrainConfig
 from meshwright.train.layout import Layout
+from meshwright.train.torus import TILE
 
 __all__ = ["ACTIVATIONS", "check_leaves", "leaf_namer", "local_shape"]
 
@@ -93,10 +95,15 @@ def leaf_namer(config: TrainConfig, layout: Layout) -> LeafOf:
         layout: its resolved layouts.
     """
     by_shape = _parameters_by_shape(layout)
+    by_elements: dict[int, list[str]] = defaultdict(list)
+    for sizes, paths in _parameters_by_shape(layout, stacks=False).items():
+        by_elements[math.prod(sizes)] += paths
     tokens = {config.seq_len}
 
     def name(instruction: Instruction, shape: Shape) -> str:
         candidates = by_shape.get(sizes_of(shape.dims), ())
+        if not candidates and shape.dims[1:] == TILE and "gather" not in instruction.opcode:
+            candidates = by_elements.get(shape.elements, ())
         scoped = [found.replace(".", "/") for found in _SCOPE.findall(instruction.op_name)]
         scoped = list(dict.fromkeys(scoped))
         if len(scoped) == 1:
@@ -111,8 +118,11 @@ def leaf_namer(config: TrainConfig, layout: Layout) -> LeafOf:
     return name
 
 
-def _parameters_by_shape(layout: Layout) -> Mapping[tuple[int, ...], tuple[str, ...]]:
-    """Parameters by their sizes on a device, in any order of dims, one layer or all."""
+def _parameters_by_shape(
+    layout: Layout, *, stacks: bool = True
+) -> Mapping[tuple[int, ...], tuple[str, ...]]:
+    """Parameters by their sizes on a device, in any order of dims: of one layer, and with
+    ``stacks`` of all layers too."""
     found: dict[tuple[int, ...], list[str]] = defaultdict(list)
     roles = zip(layout.masters, layout.working, layout.reduced, strict=True)
     for decisions in roles:
@@ -122,7 +132,8 @@ def _parameters_by_shape(layout: Layout) -> Mapping[tuple[int, ...], tuple[str, 
         for spec in specs:
             shape = local_shape(leaf.shape, spec, layout.mesh)
             stacked = leaf.dims is not None and leaf.dims[:1] in (("layers",), ("dense_layers",))
-            for one in (shape, shape[1:]) if stacked else (shape,):
+            whole = (shape,) if stacks or not stacked else ()
+            for one in (*whole, shape[1:]) if stacked else whole:
                 key = sizes_of(one)
                 if key and leaf.path not in found[key]:
                     found[key].append(leaf.path)

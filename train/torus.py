@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-__all__ = ["Torus", "rings_along"]
+__all__ = ["TILE", "Torus", "rings_along"]
 
 _AT_ONCE = 2
 """Dimensions over which the compiler gathers as it is asked to."""
@@ -43,7 +43,7 @@ _SMALL_BYTES = 24 * 2**20
 """Between 16 MiB, which the compiler gathers over two dimensions by all-reduce, and 32, which it
 does not."""
 
-_TILE = (8, 128)
+TILE = (8, 128)
 """Of a TPU's registers. In this shape every small scatter tried stayed one; as the weights have
 it, it depended on their dims (libtpu 0.0.42)."""
 
@@ -83,7 +83,7 @@ class Torus:
             return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
         for axis in axes:
             part = x.size // jax.lax.axis_size(axis)
-            if axis in self.rings and x.nbytes < _SMALL_BYTES and part % math.prod(_TILE) == 0:
+            if axis in self.rings and x.nbytes < _SMALL_BYTES and part % math.prod(TILE) == 0:
                 x = self._scatter_tiles(x, axis, dim)
             else:
                 x = self._scatter_rings(x, axis, dim)
@@ -98,7 +98,7 @@ class Torus:
 
     def _scatter_tiles(self, x: jax.Array, axis: str, dim: int) -> jax.Array:
         first = jnp.moveaxis(x, dim, 0)
-        part = self._scatter_rings(first.reshape(-1, *_TILE), axis, 0)
+        part = self._scatter_rings(first.reshape(-1, *TILE), axis, 0)
         return jnp.moveaxis(part.reshape(-1, *first.shape[1:]), 0, dim)
 
     def gather(self, x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
