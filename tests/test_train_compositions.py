@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity_table import PROPERTY, Row
+from parity_table import PROPERTY, Row, read
 from test_train_parity import LIMIT, config
 
 from meshwright.models.config import ExpertConfig
@@ -230,6 +230,23 @@ def test_mixtures_that_drop_nothing(composition: Composition) -> None:
 
 NAMES = {base(): "dense", experts(): "mixture", dropless(): "dropless mixture"}
 """Of the models in the table."""
+
+
+def test_the_table_lists_every_composition_held() -> None:
+    fours_of = [one for axes in FOURS for one, run in fours(axes) if run.model.experts.count]
+    dense = [*compositions(1), *PAIRS, *compositions(3), *compositions(4)]
+    alone = [one for one in mixtures(1) if not staged(one)]
+    mixed = [*alone, *mixtures(2), *mixtures(3), *fours_of, DEALT_AND_IN_PARTS]
+    even = [*dealt(1), *dealt(2), *SPLIT]
+    held = {
+        (name, str(one), str(one.case))
+        for name, found in zip(NAMES.values(), (dense, mixed, even), strict=True)
+        for one in found
+    }
+    page = read(Path(__file__).parents[1] / "docs" / "strategies" / "parity.md")
+    assert {row.key for row in page} == held
+    assert max(row.gradient for row in page) < LIMIT
+    assert max(row.loss for row in page) < LIMIT
 
 
 def test_the_mixture_drops() -> None:

@@ -47,6 +47,7 @@ EXPERT_WAYS: Ways = {**WAYS, "expert": {"expert": {}}}
 """The same for models with experts."""
 
 _DEVICES = 8
+_ROWS_OVER_EIGHT = {"data", "fsdp", "expert"}
 _ORDERS = ("zigzag", "striped", "contiguous")
 _REMAT = ("none", "full", "dots", "save-attention")
 _SUMS = (
@@ -98,7 +99,7 @@ def compositions(count: int, among: Ways = WAYS) -> Iterator[Composition]:
             if "context" in axes:
                 fields["order"] = _ORDERS[number // 2 % len(_ORDERS)]
             if "stage" in axes:
-                fields["grad_accum"] = 4
+                fields["grad_accum"] = 2 if set(axes) >= _ROWS_OVER_EIGHT else 4  # of 16 rows
             sizes = _sizes(count, number, axes)
             mesh = ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
             yield Composition(ways, Case(mesh, **fields))
