@@ -8,6 +8,7 @@ the same cache through the environment.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,11 @@ for option, value in {
 }.items():
     jax.config.update(option, value)
     os.environ[option.upper()] = str(value)
+
+# Tracing makes many objects, of which few are garbage in cycles: looked for at the default rate,
+# that takes a twentieth of a run.
+gc.freeze()
+gc.set_threshold(50_000, 10, 10)
 
 # The first example of a property may compile a program, which no deadline allows for; and the
 # same examples every time, so that a red run is red again.

@@ -20,7 +20,8 @@ HEAD = """# Parity with one device
 Compositions of parallelisms on simulated devices, of a small model in float32: the largest
 difference of the first step's gradients from one device's, over the leaf's largest entry, and the
 largest relative difference of ten losses. Both must be below 1e-05. Gradients are clipped, rows
-have very different weights, initial values are equal bit by bit. No composition is refused.
+have very different weights, initial values are equal bit by bit. No composition is refused; of
+settings, `--model.remat offload` is in a pipeline.
 
 The tests that hold them write this page, and one checks that it lists them all: `pytest
 tests/test_train_compositions.py --all-compositions --parity-table docs/strategies/parity.md`.
