@@ -290,11 +290,7 @@ def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
         anyones = bool(facts.deferrable & set(found.axes) and found.loop_depth and found.leaf)
         return ours or anyones
 
-    inside = [
-        c
-        for c in facts.collectives
-        if c.kind in ("all-reduce", "reduce-scatter") and c.phase == "backward" and is_gradient(c)
-    ]
+    inside = [c for c in facts.collectives if _reduces_backward(c) and is_gradient(c)]
     for group in _grouped(inside, by_leaf=False):
         wire, first = sum(c.wire_bytes for c in group), group[0]
         if wire > facts.small_wire_bytes:
@@ -313,12 +309,16 @@ def _every_microbatch(facts: PlanFacts) -> Iterator[PlanWarning]:
             )
 
 
+def _reduces_backward(found: Collective) -> bool:
+    return found.kind in ("all-reduce", "reduce-scatter") and found.phase == "backward"
+
+
 def _slow_axis(facts: PlanFacts) -> Iterator[PlanWarning]:
     """An axis over the slow network that every layer waits for: nothing waits for gradients."""
 
     def is_gradient(found: Collective) -> bool:
-        reduces = found.kind in ("all-reduce", "reduce-scatter") and found.phase == "backward"
-        return reduces and bool(found.leaf) and not found.leaf.startswith("activations")
+        named = found.leaf and not found.leaf.startswith("activations")
+        return bool(named) and _reduces_backward(found)
 
     for axis, link in (facts.links or {}).items():
         if link.network not in ("dcn", "nic") or facts.mesh.sizes.get(axis, 1) == 1:

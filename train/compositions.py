@@ -123,10 +123,8 @@ def _ways(axes: Sequence[str], number: int, among: Ways) -> list[tuple[str, ...]
         ]
     if len(axes) < 3 or axes[0] != "stage":
         return list(itertools.product(*options))
-    others = itertools.product(*options[1:])
-    return [
-        (options[0][(number + at) % len(options[0])], *other) for at, other in enumerate(others)
-    ]
+    others = enumerate(itertools.product(*rest), number)
+    return [(first[at % len(first)], *other) for at, other in others]
 
 
 def _sizes(count: int, number: int, axes: Sequence[str]) -> list[int]:

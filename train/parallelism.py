@@ -44,8 +44,13 @@ __all__ = [
 
 _DEMO_MESH = "data=2,fsdp=2,tensor=2"
 _DEMO_DEVICES = 8
-_OF_AXIS = {"zero": "data", "pipeline": "stage", "context": "context", "sequence": "tensor"}
-"""Settings → the axis they say something of."""
+_OF_AXIS = {
+    "zero": ("data", 0),
+    "pipeline": ("stage", PipelineConfig()),
+    "context": ("context", ContextConfig()),
+    "sequence": ("tensor", False),
+}
+"""Settings → the axis they say something of, and what they are without it."""
 _SUPPORTED = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
@@ -142,15 +147,12 @@ def without_absent_axes(config: TrainConfig, mesh: MeshSpec) -> tuple[TrainConfi
     >>> left_out, found.zero, found.sequence
     (['zero', 'context'], 0, True)
     """
-    default: dict[str, Any] = {
-        "zero": 0,
-        "pipeline": PipelineConfig(),
-        "context": ContextConfig(),
-        "sequence": False,
+    absent: dict[str, Any] = {
+        name: default
+        for name, (axis, default) in _OF_AXIS.items()
+        if axis not in mesh.names and getattr(config, name) != default
     }
-    absent = [name for name, axis in _OF_AXIS.items() if axis not in mesh.names]
-    left_out = [name for name in absent if getattr(config, name) != default[name]]
-    return replace(config, **{name: default[name] for name in left_out}), left_out
+    return replace(config, **absent), list(absent)
 
 
 def _check_settings(config: TrainConfig, mesh: MeshSpec) -> None:

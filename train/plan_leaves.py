@@ -4,8 +4,8 @@ A parameter's cast, gather and reduction carry its name as a scope (`meshwright.
 most collectives say themselves what they move. Compilers drop names when they combine or rewrite;
 then the array's shape decides: every parameter's shape on a device is known, in each of its
 layouts and as the tiles in which gradients are scattered, and so are the batch and length of an
-activation. A shape that several parameters share
-names them as `meshwright.sharding.leaf_names` does; guessing one would not be true.
+activation. A shape that several parameters share names them as `meshwright.sharding.leaf_names`
+does; guessing one would not be true.
 """
 
 from __future__ import annotations
